@@ -1,0 +1,1 @@
+"""The ensemble: divergences, manifest, vLLM model, engine and its plain-transformers reference."""

@@ -1,0 +1,265 @@
+"""The asyncio engine: one vLLM `AsyncLLM` that holds a target and its drafts.
+
+    engine = await Engine.start(EngineConfig(ensemble=folder))
+    scores = await engine.score(token_ids, response_start)
+    await engine.shutdown()
+
+Scoring a text is one prefill of it. vLLM batches what is under way at once; any number of `score`
+calls may run side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from drafts import channel
+from drafts.errors import EngineNotReady, ManifestError, WeightsError
+from drafts.gate import Gate
+from drafts.manifest import Ensemble, load_ensemble
+from drafts.scores import TokenScores
+from drafts.weights import check_shapes
+
+
+class EngineConfig(BaseModel):
+    """How to run an ensemble."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ensemble: Path
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int = Field(default=4096, gt=1, description="tokens of prompt and response")
+    max_num_batched_tokens: int = Field(
+        default=1024, gt=0, description="tokens a step; bounds the memory that logits take"
+    )
+    max_num_seqs: int = Field(default=64, gt=0, description="requests in one step")
+    kv_cache_gib: float | None = Field(
+        default=1.0, gt=0, description="KV cache; null leaves it to vLLM (GPU memory utilisation)"
+    )
+    enforce_eager: bool = Field(
+        default=True, description="no torch.compile and no CUDA graphs: starts in seconds"
+    )
+
+
+class Engine:
+    """Scores given texts with an ensemble in one vLLM engine."""
+
+    def __init__(self, llm: Any, ensemble: Ensemble, max_model_len: int) -> None:
+        self._llm = llm
+        self._ensemble = ensemble
+        self._gate = Gate()
+        self.n_drafts = len(ensemble.members)
+        # vLLM samples one token after the text, which needs a place too.
+        self.max_tokens = max_model_len - 1
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> Engine:
+        """Load an ensemble and warm it up.
+
+        Raises:
+            ManifestError, WeightsError: if the ensemble cannot be used.
+            EngineNotReady: if vLLM does not come up.
+        """
+        ensemble = await asyncio.to_thread(load_ensemble, config.ensemble)
+        for member in ensemble.members:
+            await asyncio.to_thread(check_shapes, member)
+        _set_environment()
+        llm = await asyncio.to_thread(_build, ensemble, config)
+        engine = cls(llm, ensemble, config.max_model_len)
+        # The first request compiles vLLM's small kernels; nobody should wait for that.
+        await engine.score([0, 0, 0, 0], 1)
+        return engine
+
+    @property
+    def weights_version(self) -> str:
+        return self._ensemble.manifest.weights_version
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The ensemble whose weights serve now."""
+        return self._ensemble
+
+    async def score(self, token_ids: Sequence[int], response_start: int) -> TokenScores:
+        """Measures of the tokens from `response_start` on, given all that stand before each.
+
+        Args:
+            token_ids: prompt and response, at most `max_tokens`.
+            response_start: index of the first response token, at least 1.
+
+        Raises:
+            ValueError: if the arguments do not fit this engine.
+            NonFiniteError: if the forward pass gave NaN or infinity.
+            EngineNotReady: if the engine is dead.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        ids = self._checked(token_ids, response_start)
+        params = self._sampling_params(response_start)
+        # Cancelling this coroutine closes the generator, which aborts the request in vLLM.
+        async with self._gate.shared():
+            version = self.weights_version
+            final = None
+            try:
+                async for output in self._llm.generate(
+                    {"prompt_token_ids": ids}, params, request_id=uuid.uuid4().hex
+                ):
+                    final = output
+            except EngineDeadError as error:
+                raise EngineNotReady("the engine has died; restart the service") from error
+        assert final is not None, "vLLM ended a request without an output"
+        return self._read(final.prompt_logprobs, len(ids), response_start, version)
+
+    async def swap(self, folder: Path) -> None:
+        """Serve with the drafts' weights of another version of this ensemble, from now on.
+
+        Requests under way end with the weights they began with; later ones wait for the swap. So
+        no answer, and no draft's KV cache, ever mixes two versions.
+
+        Raises:
+            ManifestError, WeightsError: if they cannot be used; the old weights serve on.
+        """
+        ensemble = await asyncio.to_thread(load_ensemble, folder)
+        _check_same_shape(self._ensemble, ensemble)
+        for member in ensemble.members:
+            await asyncio.to_thread(check_shapes, member)
+        async with self._gate.alone():
+            problems = await self._llm.collective_rpc("swap_drafts", args=(str(ensemble.folder),))
+            if any(problems):
+                raise WeightsError(next(problem for problem in problems if problem))
+            # The prefix cache holds keys and values that the old drafts made.
+            await self._llm.reset_prefix_cache()
+            self._ensemble = ensemble
+
+    async def check_health(self) -> None:
+        """Raise `EngineNotReady` if the engine is dead."""
+        if self._llm.errored:
+            raise EngineNotReady("the engine has died; restart the service")
+
+    async def shutdown(self) -> None:
+        """Stop the engine's processes."""
+        await asyncio.to_thread(self._llm.shutdown)
+
+    def _checked(self, token_ids: Sequence[int], response_start: int) -> list[int]:
+        ids = [int(token) for token in token_ids]
+        if not 1 <= response_start < len(ids):
+            raise ValueError(
+                f"response_start must lie in 1..{len(ids) - 1} for {len(ids)} tokens, "
+                f"got {response_start}"
+            )
+        if len(ids) > self.max_tokens:
+            raise ValueError(f"{len(ids)} tokens, at most {self.max_tokens} can be scored")
+        if min(ids) < 0 or max(ids) >= self._ensemble.vocab_size:
+            raise ValueError(f"token ids must lie in 0..{self._ensemble.vocab_size - 1}")
+        return ids
+
+    @staticmethod
+    def _sampling_params(response_start: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=channel.M,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={channel.MEASURE_FROM: response_start},
+        )
+
+    def _read(self, flat: Any, n_tokens: int, response_start: int, version: str) -> TokenScores:
+        # Row i of `flat` is of token i: first the token itself, then the top M raw values.
+        width = channel.M + 1
+        begin = flat.start_indices[response_start]
+        shape = (n_tokens - response_start, width)
+        values = np.asarray(flat.logprobs[begin:], dtype=np.float64).reshape(shape)
+        ids = np.asarray(flat.token_ids[begin:], dtype=np.int64).reshape(shape)
+        ranks = np.asarray(flat.ranks[begin:], dtype=np.int64).reshape(shape)[:, 0]
+        columns = channel.decode(values[:, 0], ids[:, 1:], values[:, 1:], self._ensemble.vocab_size)
+        return TokenScores(
+            logprob=columns["logprob"],
+            rank=ranks - channel.M,  # vLLM counts the metric columns too; all lie above
+            entropy=columns["entropy"],
+            total=columns["total"],
+            jsd=columns["jsd"],
+            kl=columns["kl"],
+            weights_version=version,
+        )
+
+
+def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    limit = int(ensemble.target_config.max_position_embeddings)
+    if config.max_model_len > limit:
+        raise ManifestError(f"max_model_len {config.max_model_len} is over the target's {limit}")
+    kv_cache = None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30)
+    arguments = AsyncEngineArgs(
+        model=str(ensemble.target_path),
+        served_model_name=[ensemble.manifest.name],
+        hf_overrides={
+            "architectures": ["EnsembleForCausalLM"],
+            "vocab_size": ensemble.vocab_size + channel.M,
+            "demur_ensemble": str(ensemble.folder),
+        },
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_memory_bytes=kv_cache,
+        enforce_eager=config.enforce_eager,
+        logprobs_mode="raw_logits",
+        max_logprobs=channel.M + 20,
+        logits_processors=["drafts.vllm_model:MaskMetricColumns"],
+        worker_extension_cls="drafts.vllm_model.SwapDrafts",
+        generation_config="vllm",
+        enable_log_requests=False,
+    )
+    try:
+        return AsyncLLM.from_engine_args(arguments)
+    except Exception as error:  # noqa: BLE001 - vLLM raises whatever its parts raise
+        raise EngineNotReady(f"vLLM did not start: {error}") from error
+
+
+def _set_environment() -> None:
+    """What vLLM reads from the environment; what the user has set stays."""
+    cores = len(os.sched_getaffinity(0))
+    defaults = {
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        # Left alone, vLLM's CPU worker keeps a core for its front end.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(cores),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    if shutil.which("g++") is None:
+        # vLLM compiles one small function with Inductor, which needs a C++ compiler.
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _check_same_shape(old: Ensemble, new: Ensemble) -> None:
+    if old.target_path != new.target_path:
+        raise ManifestError(
+            f"a swap changes drafts only: the target is {old.target_path}, "
+            f"the new ensemble's is {new.target_path}"
+        )
+    for attribute in ("name", "kind", "layer", "draw"):
+        have, want = (
+            [getattr(member.draft, attribute, None) for member in ensemble.members]
+            for ensemble in (new, old)
+        )
+        if have != want:
+            raise ManifestError(
+                f"a swap cannot change the drafts' {attribute}: {want} serve, {have} were given"
+            )

@@ -1,0 +1,28 @@
+"""What can go wrong with an ensemble or its engine.
+
+    DraftsError
+    ├── ManifestError      an ensemble folder that cannot be used; the sentence says what differs
+    ├── WeightsError       draft weights that are broken, wrongly shaped or not finite
+    ├── EngineNotReady     the engine is starting, stopping or dead
+    └── NonFiniteError     a forward pass produced NaN or infinity
+"""
+
+
+class DraftsError(Exception):
+    """Base of every error that the `drafts` package raises on purpose."""
+
+
+class ManifestError(DraftsError):
+    """An ensemble folder that cannot be used."""
+
+
+class WeightsError(DraftsError):
+    """Draft weights that are broken, wrongly shaped or not finite."""
+
+
+class EngineNotReady(DraftsError):  # noqa: N818
+    """The engine is starting, stopping or dead."""
+
+
+class NonFiniteError(DraftsError):
+    """A forward pass produced NaN or infinity."""

@@ -1,0 +1,284 @@
+"""The ensemble manifest: `demur.json` in a folder beside its members' Hugging Face checkpoints.
+
+    {
+      "format": 1,
+      "name": "smollm2-135m-instruct",
+      "weights_version": "exit-untrained-1",
+      "target": {"source": "target"},
+      "drafts": [
+        {"name": "draft_a", "kind": "exit", "source": "draft_a", "layer": 22},
+        {"name": "draft_b", "kind": "model", "source": "org/small-model", "revision": "4f5a…"},
+        {"name": "draft_c", "kind": "residual", "source": "student", "draw": 0}
+      ]
+    }
+
+A `source` is a folder, relative to the manifest or absolute, or else a Hugging Face hub id.
+`load_ensemble` reads it, fetches what is missing and refuses members that cannot work together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from drafts.errors import ManifestError
+from drafts.residual import ResidualConfig
+
+MANIFEST_NAME = "demur.json"
+
+# Architectures on which a draft that reads the target's hidden states was checked against plain
+# transformers (tests/test_engine_*.py). Others may scale embeddings or cap logits on the way.
+HIDDEN_STATE_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """Where a member's weights come from: a folder, or a hub id and revision."""
+
+    source: str = Field(min_length=1)
+    revision: str | None = None
+
+
+class _Draft(Source):
+    # vLLM reads a layer's number off its name and takes the first digits it meets, hence none here.
+    name: str = Field(pattern=r"^[a-z]+(_[a-z]+)*$")
+
+
+class ModelDraft(_Draft):
+    """An independent small language model of the target's vocabulary, fed with tokens."""
+
+    kind: Literal["model"]
+
+
+class ExitDraft(_Draft):
+    """Own layers on the target's hidden state after `layer` layers; shares its LM head."""
+
+    kind: Literal["exit"]
+    layer: int = Field(ge=0)
+
+
+class ResidualDraft(_Draft):
+    """Draw number `draw` of a head that moves the target's final hidden state."""
+
+    kind: Literal["residual"]
+    draw: int = Field(ge=0)
+
+
+Draft = Annotated[ModelDraft | ExitDraft | ResidualDraft, Field(discriminator="kind")]
+
+
+class Manifest(_Strict):
+    """The contents of `demur.json`."""
+
+    format: Literal[1]
+    name: str = Field(min_length=1)
+    weights_version: str = Field(min_length=1)
+    target: Source
+    drafts: list[Draft] = Field(min_length=1)
+
+    @field_validator("drafts")
+    @classmethod
+    def _distinct_names(cls, drafts: list[Draft]) -> list[Draft]:
+        names = [draft.name for draft in drafts]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two drafts have the same name: {', '.join(repeated)}")
+        return drafts
+
+
+@dataclass(frozen=True)
+class Member:
+    """A draft, the local folder of its weights, and its config.json (parsed for `residual`)."""
+
+    draft: ModelDraft | ExitDraft | ResidualDraft
+    path: Path
+    config: Any
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A manifest whose members are on this machine and fit each other.
+
+    `target_config` and the configs of `model` and `exit` drafts are transformers configs, that of
+    a `residual` draft is a `ResidualConfig`.
+    """
+
+    folder: Path
+    manifest: Manifest
+    target_path: Path
+    target_config: Any
+    members: tuple[Member, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.target_config.vocab_size)
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The target's hidden states that some draft reads, ascending, each once."""
+        layers: set[int] = set()
+        for member in self.members:
+            if isinstance(member.draft, ExitDraft):
+                layers.add(member.draft.layer)
+            elif isinstance(member.config, ResidualConfig):
+                layers.update(member.config.taps)
+        return tuple(sorted(layers))
+
+    def students(self) -> Iterator[tuple[ResidualConfig, list[int]]]:
+        """Each residual checkpoint once, with the draws that drafts take from it."""
+        seen: dict[Path, tuple[ResidualConfig, list[int]]] = {}
+        for member in self.members:
+            if isinstance(member.draft, ResidualDraft):
+                seen.setdefault(member.path, (member.config, []))[1].append(member.draft.draw)
+        yield from seen.values()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse `folder/demur.json`.
+
+    Raises:
+        ManifestError: if there is none, or it does not have the manifest's form.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ManifestError(
+            f"{folder} is no ensemble: it has no {MANIFEST_NAME}. `demur init` makes one."
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise ManifestError(f"{path}: {where}: {first['msg']}") from error
+
+
+def load_ensemble(folder: str | Path) -> Ensemble:
+    """Read a manifest, bring its members onto this machine and check that they fit.
+
+    Raises:
+        ManifestError: with a sentence that names the member and says what differs.
+    """
+    folder = Path(folder).expanduser().resolve()
+    manifest = read_manifest(folder)
+    target_path = _resolve(folder, manifest.target)
+    target_config = _transformers_config(target_path)
+    members = []
+    for draft in manifest.drafts:
+        path = _resolve(folder, draft)
+        config = (
+            ResidualConfig.read(path)
+            if isinstance(draft, ResidualDraft)
+            else _transformers_config(path)
+        )
+        _check_member(draft, path, config, target_path, target_config)
+        members.append(Member(draft, path, config))
+    return Ensemble(folder, manifest, target_path, target_config, tuple(members))
+
+
+def _resolve(folder: Path, source: Source) -> Path:
+    local = folder / Path(source.source).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                source.source,
+                revision=source.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ManifestError(
+            f"'{source.source}' is neither a folder under {folder} nor a model that the Hugging "
+            f"Face hub gives to this machine ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _transformers_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ManifestError(f"{path}: no usable config.json ({error})") from error
+
+
+def _architecture(config: Any) -> str:
+    return str((config.architectures or ["unknown"])[0])
+
+
+def _check_member(
+    draft: ModelDraft | ExitDraft | ResidualDraft,
+    path: Path,
+    config: Any,
+    target_path: Path,
+    target: Any,
+) -> None:
+    if isinstance(draft, ModelDraft):
+        _same(draft, "vocab_size", config.vocab_size, target.vocab_size)
+        _check_vocabulary(draft, path, target_path)
+        return
+    if _architecture(target) not in HIDDEN_STATE_ARCHITECTURES:
+        raise ManifestError(
+            f"draft '{draft.name}' is of kind '{draft.kind}', which reads the target's hidden "
+            f"states; that was checked for {', '.join(HIDDEN_STATE_ARCHITECTURES)} and the target "
+            f"is a {_architecture(target)}. Use drafts of kind 'model'."
+        )
+    _same(draft, "hidden_size", config.hidden_size, target.hidden_size)
+    if isinstance(draft, ExitDraft):
+        _same(draft, "architecture", _architecture(config), _architecture(target))
+        _same(draft, "vocab_size", config.vocab_size, target.vocab_size)
+        taps = [draft.layer]
+    else:
+        taps = config.taps
+        if draft.draw >= config.draws:
+            raise ManifestError(
+                f"draft '{draft.name}' asks for draw {draft.draw}, but {path.name} holds "
+                f"{config.draws} (0 to {config.draws - 1})"
+            )
+    for layer in taps:
+        if layer >= target.num_hidden_layers:
+            raise ManifestError(
+                f"draft '{draft.name}' reads the hidden state after layer {layer}, but the target "
+                f"has {target.num_hidden_layers} layers (0 to {target.num_hidden_layers - 1})"
+            )
+
+
+def _same(draft: Source, what: str, have: object, want: object) -> None:
+    if have != want:
+        name = getattr(draft, "name", draft.source)
+        raise ManifestError(
+            f"draft '{name}' cannot serve this target: its {what} is {have}, the target's is {want}"
+        )
+
+
+def _check_vocabulary(draft: ModelDraft, path: Path, target_path: Path) -> None:
+    """Sizes can agree by accident: where both tokenizers are at hand, every token must."""
+    files = [folder / "tokenizer.json" for folder in (path, target_path)]
+    if not all(file.exists() for file in files):
+        return
+    have, want = (_vocabulary(file) for file in files)
+    differing = [token for token, index in want.items() if have.get(token) != index]
+    if differing or len(have) != len(want):
+        example = min(differing, key=lambda token: want[token], default="")
+        raise ManifestError(
+            f"draft '{draft.name}' cannot serve this target: its vocabulary differs "
+            f"({len(differing)} tokens, {len(have)} entries against {len(want)}; "
+            f"{example!r} is {have.get(example)} in the draft and {want.get(example)} in the target)"
+        )
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    return dict(Tokenizer.from_file(str(file)).get_vocab())

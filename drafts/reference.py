@@ -1,0 +1,99 @@
+"""The oracle: the same answers as the engine, with plain transformers and nothing else.
+
+Slow and simple on purpose. Every engine number is tested against it, and training uses it.
+
+    reference = Reference(load_ensemble(folder))
+    scores = reference.score(token_ids, response_start)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafts.divergence import measures
+from drafts.manifest import Ensemble, ExitDraft, Member, ModelDraft, ResidualDraft
+from drafts.residual import ResidualHead
+from drafts.scores import TokenScores
+from drafts.weights import read_member
+
+
+class Reference:
+    """A target and its drafts as transformers models on one device.
+
+    Args:
+        ensemble: what `load_ensemble` returned.
+        dtype: of all weights and activations; measures are computed in float32 from the logits.
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.ensemble = ensemble
+        self.target = AutoModelForCausalLM.from_pretrained(
+            ensemble.target_path, dtype=dtype, local_files_only=True
+        )
+        self.target.to(device).eval()
+        self.modules = [
+            _build(member).to(device, dtype).eval() for member in ensemble.members
+        ]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Next-token logits after each of T tokens: the drafts' [K, T, V], the target's [T, V]."""
+        ids = torch.tensor([list(token_ids)], device=self.target.device)
+        out = self.target(ids, output_hidden_states=True)
+        # transformers: entry i is the state after i layers, except that the last one is normed.
+        states, h_Td = out.hidden_states, out.hidden_states[-1][0]
+        drafts = []
+        for member, module in zip(self.ensemble.members, self.modules, strict=True):
+            draft = member.draft
+            if isinstance(draft, ModelDraft):
+                drafts.append(module(ids).logits[0])
+            elif isinstance(draft, ExitDraft):
+                own = module.base_model(inputs_embeds=states[draft.layer]).last_hidden_state
+                drafts.append(self.target.lm_head(own[0]))
+            else:
+                taps = [states[layer][0] for layer in member.config.taps]
+                (moved,) = module(h_Td, taps, [draft.draw])
+                drafts.append(self.target.lm_head(moved))
+        return torch.stack(drafts), out.logits[0]
+
+    def score(self, token_ids: Sequence[int], response_start: int) -> TokenScores:
+        """Measures of the tokens from `response_start` on; see `Engine.score`."""
+        drafts_KTV, target_TV = self.logits(token_ids)
+        # Row i predicts token i + 1.
+        rows = slice(response_start - 1, len(token_ids) - 1)
+        logp_TV = torch.log_softmax(target_TV[rows].float(), -1)
+        own = torch.tensor(list(token_ids[response_start:]), device=logp_TV.device).unsqueeze(-1)
+        logprob_T1 = logp_TV.gather(-1, own)
+        values = measures(drafts_KTV[:, rows], target_TV[rows])
+        return TokenScores(
+            logprob=logprob_T1.squeeze(-1).double().cpu().numpy(),
+            rank=(logp_TV >= logprob_T1).sum(-1).cpu().numpy(),
+            entropy=values.entropy.double().cpu().numpy(),
+            total=values.total.double().cpu().numpy(),
+            jsd=values.jsd.double().cpu().numpy(),
+            kl=values.kl.double().cpu().numpy(),
+            weights_version=self.ensemble.manifest.weights_version,
+        )
+
+
+def _build(member: Member) -> Any:
+    weights = read_member(member)
+    if isinstance(member.draft, ResidualDraft):
+        head = ResidualHead(member.config)
+        head.load_weights(weights.items())
+        return head
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_config(member.config)
+    # `read_member` has checked names and shapes; what is missing is shared or tied.
+    module.load_state_dict(weights, strict=False)
+    module.tie_weights()
+    return module

@@ -1,0 +1,100 @@
+"""`residual` drafts: a small head that moves the target's final hidden state.
+
+    q_k = softmax(W (h + B m_k)),    m_k = mu(x) + Phi(x) z_k + sigma(x) * eps_k
+
+W is the target's LM head, h its final hidden state, x = h and a few inner hidden states ("taps"),
+B a fixed basis of r directions, and z_k, eps_k ~ N(0, I) are drawn once per draft and kept with
+the weights. This is Gaussian distillation (deep latent factor model, arXiv 2510.19290, section 3)
+carried from a process over V logits to one over d numbers, since logits are linear in h. One
+student gives any number of drafts; each costs no attention and no KV cache.
+
+The same module runs in the vLLM model and in the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from drafts.errors import ManifestError
+
+CONFIG_NAME = "config.json"
+
+
+class ResidualConfig(BaseModel):
+    """Shape of a residual head; `config.json` of its folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["residual"] = "residual"
+    hidden_size: int = Field(gt=0)
+    taps: list[int] = Field(default=[], description="hidden states read beside the final one")
+    rank: int = Field(gt=0, description="r, directions in which h moves")
+    factors: int = Field(gt=0, description="q, dimension of z")
+    width: int = Field(gt=0, description="hidden units of the head")
+    draws: int = Field(gt=0, description="(z, eps) pairs kept with the weights")
+
+    @classmethod
+    def read(cls, folder: Path) -> ResidualConfig:
+        """Parse `folder/config.json`; `ManifestError` if it is not a residual head's."""
+        try:
+            return cls.model_validate_json((folder / CONFIG_NAME).read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ManifestError(f"{folder}: no usable residual {CONFIG_NAME} ({error})") from error
+
+
+class ResidualHead(nn.Module):
+    """The move of h for one student and all of its draws."""
+
+    def __init__(self, config: ResidualConfig) -> None:
+        super().__init__()
+        self.config = config
+        inputs = config.hidden_size * (1 + len(config.taps))
+        outputs = config.rank * (config.factors + 2)
+        self.up = nn.Linear(inputs, config.width)
+        self.down = nn.Linear(config.width, outputs)
+        self.register_buffer("basis", torch.empty(config.hidden_size, config.rank))
+        self.register_buffer("z", torch.empty(config.draws, config.factors))
+        self.register_buffer("eps", torch.empty(config.draws, config.rank))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator, scale: float = 0.02) -> ResidualHead:
+        """Random weights, an orthonormal basis and standard normal draws."""
+        for linear in (self.up, self.down):
+            nn.init.normal_(linear.weight, std=scale, generator=generator)
+            nn.init.zeros_(linear.bias)
+        basis = torch.randn(self.basis.shape, generator=generator)
+        self.basis.copy_(torch.linalg.qr(basis).Q)
+        for draws in (self.z, self.eps):
+            draws.copy_(torch.randn(draws.shape, generator=generator))
+        return self
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load a checkpoint in place, as vLLM's modules do; every tensor must be there."""
+        self.load_state_dict(dict(weights), strict=True)
+
+    def latent(self, h_Td: Tensor, taps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """mu [T, r], Phi [T, r, q] and sigma [T, r] of the move, from h and the taps [T, d]."""
+        # Hidden states differ in scale by orders of magnitude between layers, hence the norms.
+        states = [F.rms_norm(state.float(), state.shape[-1:]) for state in (h_Td, *taps)]
+        x = torch.cat(states, dim=-1).to(self.up.weight.dtype)
+        out = self.down(F.silu(self.up(x))).float()
+        mu, rest = out.split([self.config.rank, out.shape[-1] - self.config.rank], dim=-1)
+        raw_sigma, phi = rest.split([self.config.rank, rest.shape[-1] - self.config.rank], dim=-1)
+        return mu, phi.unflatten(-1, (self.config.rank, self.config.factors)), F.softplus(raw_sigma)
+
+    def forward(self, h_Td: Tensor, taps: list[Tensor], draws: list[int]) -> list[Tensor]:
+        """The moved hidden states [T, d], one for each draw asked for, in the dtype of h."""
+        mu, phi, sigma = self.latent(h_Td, taps)
+        basis = self.basis.float()
+        moved = []
+        for draw in draws:
+            move = mu + phi @ self.z[draw].float() + sigma * self.eps[draw].float()
+            moved.append((h_Td.float() + move @ basis.T).to(h_Td.dtype))
+        return moved

@@ -1,0 +1,296 @@
+"""The ensemble as one vLLM model, its masking logits processor and its worker extension.
+
+This is the one file that touches vLLM's internals. It is written against vLLM 0.32.0 with the V1
+model runner (`VLLM_USE_V2_MODEL_RUNNER=0`) and relies on:
+
+- `models.utils.init_vllm_registered_model`: builds a member by its own Hugging Face config; layer
+  names must differ between members and hold no digit before the layer's index.
+- `SupportsEagle3.set_aux_hidden_state_layers` (EAGLE-3): the target then also returns its hidden
+  states after the given layers, ascending by layer.
+- `GPUModelRunner`: treats the returned hidden states as opaque rows, hands `compute_logits` the
+  rows it wants scored, and with `logprobs_mode="raw_logits"` returns raw top-k values of its
+  result, prompt rows through `_get_prompt_logprobs_dict`, sampled rows through `Sampler`.
+- `LogitsProcessor.update_state` and `process_dict_updates`, called with each change of the persistent batch before the
+  forward pass; `ForwardContext.attn_metadata[layer].query_start_loc`, which says where in the
+  step's rows each request of that batch begins.
+- `model_loader.reload.{initialize,finalize}_layerwise_reload`: reloads the weights of a module in
+  place and redoes what loading did to them (on a CPU, packing for oneDNN).
+- `worker_extension_cls`: its methods become the worker's, callable by `collective_rpc`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from drafts import channel
+from drafts.divergence import block_rows, measure_block
+from drafts.errors import DraftsError, WeightsError
+from drafts.manifest import Ensemble, ExitDraft, Member, ModelDraft, ResidualDraft, load_ensemble
+from drafts.residual import ResidualHead
+from drafts.weights import read_member
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+# Rows whose logits are held at once, for each member: 128 x 152k x float32 are 78 MB.
+_LOGIT_ROWS = 128
+
+
+
+
+
+class _MeasureFrom:
+    """For each place of vLLM's persistent batch, the first token whose measures are wanted.
+
+    The logits processor keeps it up to date and the model reads it; both live in one process.
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[int, int] = {}
+
+    def rows(self, positions_T: Tensor) -> Tensor:
+        """True for each row of this step whose prediction (of the next token) is wanted, [T]."""
+        wanted_T = torch.zeros_like(positions_T, dtype=torch.bool)
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):  # a profiling run, which has no requests
+            return wanted_T
+        starts = next(iter(metadata.values())).query_start_loc.tolist()
+        for place, (start, end) in enumerate(pairwise(starts)):
+            if (first := self.first.get(place)) is not None:
+                wanted_T[start:end] = positions_T[start:end] + 1 >= first
+        return wanted_T
+
+
+_measure_from = _MeasureFrom()
+
+
+class MaskMetricColumns(LogitsProcessor):
+    """Keeps the metric columns from being sampled; vLLM took the raw values before this runs."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.vocab_size = vllm_config.model_config.get_vocab_size() - channel.M
+
+    def apply(self, logits: Tensor) -> Tensor:
+        logits[:, self.vocab_size :] = float("-inf")
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        process_dict_updates(
+            _measure_from.first,
+            batch_update,
+            lambda params, prompt, output: (params.extra_args or {}).get(channel.MEASURE_FROM),
+        )
+
+
+class EnsembleForCausalLM(nn.Module):
+    """A target and its drafts, scheduled, batched and paged by vLLM as one model.
+
+    `forward` returns, side by side for each row, the target's final hidden state, the final hidden
+    states of `exit` and `model` drafts, the hidden states that `residual` drafts read, and a flag:
+    are this row's measures wanted? `compute_logits` turns rows into the target's logits and the
+    metric columns (`drafts.channel`).
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        ensemble = load_ensemble(vllm_config.model_config.hf_config.demur_ensemble)
+        self.ensemble = ensemble
+        self.vocab_size = ensemble.vocab_size
+        self.target = init_vllm_registered_model(
+            vllm_config, prefix=maybe_prefix(prefix, "target"), hf_config=ensemble.target_config
+        )
+        self.hidden_layers = ensemble.hidden_layers
+        if self.hidden_layers:
+            self.target.set_aux_hidden_state_layers(self.hidden_layers)
+        # `model` and `exit` drafts by name, which vLLM runs; residual heads, one a checkpoint.
+        self.members = nn.ModuleDict()
+        self.exits: set[str] = set()
+        for member in ensemble.members:
+            if not isinstance(member.draft, ResidualDraft):
+                self.members[member.draft.name] = _build(vllm_config, prefix, member)
+            if isinstance(member.draft, ExitDraft):
+                self.exits.add(member.draft.name)
+        students = list(ensemble.students())
+        self.students = nn.ModuleList(ResidualHead(config) for config, _ in students)
+        self.draws = [draws for _, draws in students]
+        # Columns of a row that `forward` returns.
+        d = ensemble.target_config.hidden_size
+        self.widths = [d]
+        self.widths += [module.config.hidden_size for module in self.members.values()]
+        self.widths += [d for student in self.students for _ in student.config.taps]
+        self.widths += [1]
+
+    # What the runner calls.
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.target.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        out = self.target(input_ids, positions)
+        h_Td, states = out if self.hidden_layers else (out, [])
+        state_of = dict(zip(self.hidden_layers, states, strict=True))
+        parts = [h_Td]
+        for member in self.ensemble.members:
+            if isinstance(member.draft, ExitDraft):
+                module = self.members[member.draft.name]
+                parts.append(module(None, positions, inputs_embeds=state_of[member.draft.layer]))
+            elif isinstance(member.draft, ModelDraft):
+                parts.append(self.members[member.draft.name](input_ids, positions))
+        for student in self.students:
+            parts.extend(state_of[layer] for layer in student.config.taps)
+        parts.append(_measure_from.rows(positions).unsqueeze(-1).to(h_Td.dtype))
+        return torch.cat(parts, dim=-1)
+
+    def compute_logits(self, rows_TX: Tensor) -> Tensor:
+        out_TW = torch.empty(
+            rows_TX.shape[0], self.vocab_size + channel.M, device=rows_TX.device
+        )
+        for start in range(0, rows_TX.shape[0], _LOGIT_ROWS):
+            block = slice(start, start + _LOGIT_ROWS)
+            self._logits_block(rows_TX[block], out_TW[block])
+        return out_TW
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the target from vLLM's iterator and each draft from its own folder."""
+        self.target.load_weights(weights)
+        for module, tensors in self._read(self.ensemble):
+            module.load_weights(tensors.items())
+        # Each loader checked its own: a draft's files hold exactly what its config asks for.
+        return {name for name, _ in self.named_parameters()}
+
+    # Logits and measures.
+
+    def _logits_block(self, rows_BX: Tensor, out_BW: Tensor) -> None:
+        h_Bd, *states, wanted_B1 = rows_BX.split(self.widths, dim=-1)
+        logits_BV = out_BW[:, : self.vocab_size]
+        columns_BM = out_BW[:, self.vocab_size :]
+        logits_BV.copy_(self.target.compute_logits(h_Bd.contiguous()))
+        # Shifting by the greatest logit changes no softmax and puts every logit below the columns.
+        top_B1 = logits_BV.amax(-1, keepdim=True)
+        logits_BV.sub_(top_B1)
+        # A row with NaN or +inf becomes uniform, so that sampling from it cannot crash.
+        broken_B = ~torch.isfinite(top_B1.squeeze(-1))
+        if bool(broken_B.any()):
+            logits_BV[broken_B] = 0.0
+        columns_BM.fill_(channel.NOT_FINITE)
+        wanted = wanted_B1.squeeze(-1).nonzero().squeeze(-1)
+        if wanted.numel() == 0:
+            return
+        draft_logits = self._draft_logits(h_Bd[wanted], [state[wanted] for state in states])
+        values_MB = torch.empty(channel.M, wanted.numel(), device=out_BW.device)
+        size = block_rows(len(draft_logits) * self.vocab_size, out_BW.device)
+        for start in range(0, wanted.numel(), size):
+            part = slice(start, start + size)
+            logits_KBV = torch.stack([logits[part].float() for logits in draft_logits])
+            measure_block(logits_KBV, logits_BV[wanted[part]], values_MB[:, part])
+        values_MB[:, broken_B[wanted]] = torch.nan
+        columns_BM[wanted] = channel.encode(values_MB.T)
+
+    def _draft_logits(self, h_Bd: Tensor, states: list[Tensor]) -> list[Tensor]:
+        """Logits [B, V] of each draft."""
+        own, taps = states[: len(self.members)], states[len(self.members) :]
+        logits = []
+        for (name, module), state in zip(self.members.items(), own, strict=True):
+            head = self.target if name in self.exits else module
+            logits.append(head.compute_logits(state))
+        for student, draws in zip(self.students, self.draws, strict=True):
+            mine, taps = taps[: len(student.config.taps)], taps[len(student.config.taps) :]
+            logits += [self.target.compute_logits(h) for h in student(h_Bd, mine, draws)]
+        return logits
+
+    # Weights.
+
+    def _read(self, ensemble: Ensemble) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+        """Each draft module with its new weights, read whole and checked.
+
+        Raises:
+            WeightsError: if any file is broken; no module was touched then.
+        """
+        pairs: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        students = iter(self.students)
+        seen: set[Path] = set()
+        for member in ensemble.members:
+            if not isinstance(member.draft, ResidualDraft):
+                pairs.append((self.members[member.draft.name], read_member(member)))
+            elif member.path not in seen:
+                seen.add(member.path)
+                pairs.append((next(students), read_member(member)))
+        return pairs
+
+    def swap(self, ensemble: Ensemble, model_config: ModelConfig) -> None:
+        """Put another version of the drafts' weights in place of the present one.
+
+        Raises:
+            WeightsError: if the new files cannot be used; the old weights serve on.
+        """
+        new = self._read(ensemble)
+        old = self._read(self.ensemble)
+        try:
+            _replace(new, model_config)
+        except Exception as error:
+            _replace(old, model_config)
+            raise WeightsError(f"loading the new weights failed: {error}") from error
+        self.ensemble = ensemble
+
+
+def _replace(pairs: list[tuple[nn.Module, dict[str, Tensor]]], model_config: ModelConfig) -> None:
+    for module, weights in pairs:
+        if isinstance(module, ResidualHead):
+            module.load_weights(weights.items())
+            continue
+        initialize_layerwise_reload(module)
+        module.load_weights(weights.items())
+        finalize_layerwise_reload(module, model_config)
+
+
+def _build(vllm_config: VllmConfig, prefix: str, member: Member) -> nn.Module:
+    module = init_vllm_registered_model(
+        vllm_config, prefix=maybe_prefix(prefix, member.draft.name), hf_config=member.config
+    )
+    if isinstance(member.draft, ExitDraft):
+        # It is fed with hidden states and its logits come from the target's head: what it was
+        # built with is dropped, so that both stay one copy in memory.
+        module.model.embed_tokens = nn.Identity()
+        module.lm_head = nn.Identity()
+    return module
+
+
+class SwapDrafts:
+    """Worker extension: swaps the drafts' weights. Its method becomes the worker's own."""
+
+    model_runner: Any
+
+    def swap_drafts(self, folder: str) -> str | None:
+        """Load the drafts of the ensemble in `folder`; return what was wrong with them, or None.
+
+        The caller sees to it that no request is under way.
+        """
+        try:
+            with torch.inference_mode():
+                self.model_runner.model.swap(load_ensemble(folder), self.model_runner.model_config)
+        except DraftsError as error:
+            return str(error)
+        return None

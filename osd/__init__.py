@@ -1,0 +1,1 @@
+"""Online stochastic distillation of the drafts (arXiv 2602.01956)."""

@@ -1,0 +1,1 @@
+"""The service: settings, app factory, routes, schemas, errors, metrics."""
