@@ -1,0 +1,103 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from demur.errors import APIConnectionError, from_response
+from demur.types import Score
+
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class Client:
+    """Talks to a demur service.
+
+    Args:
+        base_url: where it is; default `DEMUR_BASE_URL`, else http://127.0.0.1:8000.
+        api_key: bearer key; default `DEMUR_API_KEY`.
+        timeout: seconds for one call.
+        transport: replaces the network, for tests.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 300.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        key = api_key or os.environ.get("DEMUR_API_KEY")
+        self._http = httpx.Client(
+            base_url=base_url or os.environ.get("DEMUR_BASE_URL") or _DEFAULT_URL,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=timeout,
+            transport=transport,
+        )
+
+    def score(
+        self,
+        response: str,
+        *,
+        messages: Sequence[dict[str, Any]] | None = None,
+        prompt: str | None = None,
+        model: str | None = None,
+        threshold: float | None = None,
+        store: bool = True,
+    ) -> Score:
+        """Score a response to messages or to a prompt.
+
+        Raises:
+            APIStatusError: if the service refuses it.
+            APIConnectionError: if the service gives no answer.
+        """
+        body = {
+            "response": response,
+            "messages": None if messages is None else list(messages),
+            "prompt": prompt,
+            "model": model,
+            "threshold": threshold,
+            "store": store,
+        }
+        given = {name: value for name, value in body.items() if value is not None}
+        return Score.model_validate(self._call("POST", "/v1/score", json=given).json())
+
+    def ready(self) -> bool:
+        """Can the service score now? False too if nobody answers."""
+        try:
+            return self._http.get("/ready").status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx.TransportError as error:
+            raise APIConnectionError(
+                f"no answer from {self._http.base_url} ({error or type(error).__name__}); "
+                "is the service running? `demur serve` starts one"
+            ) from error
+        if response.is_error:
+            raise from_response(response)
+        return response

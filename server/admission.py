@@ -1,0 +1,73 @@
+"""Bounds on what is under way: a queue that says no, deadlines, and clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from server import metrics
+from server.errors import QueueFull
+
+T = TypeVar("T")
+
+
+class Admission:
+    """Counts items that wait for the engine or are in it."""
+
+    def __init__(self, max_pending: int) -> None:
+        self.max_pending = max_pending
+        self.pending = 0
+
+    @contextmanager
+    def take(self, items: int) -> Iterator[None]:
+        """Hold places for `items` items.
+
+        Raises:
+            QueueFull: if there are not so many; none is held then.
+        """
+        if self.pending + items > self.max_pending:
+            raise QueueFull(
+                f"{self.pending} items are pending and at most {self.max_pending} may be; "
+                "try again later",
+                retry_after_s=1 + self.pending // 100,
+            )
+        self.pending += items
+        metrics.PENDING.set(self.pending)
+        try:
+            yield
+        finally:
+            self.pending -= items
+            metrics.PENDING.set(self.pending)
+
+
+class ClientGone(Exception):  # noqa: N818
+    """The client hung up; nobody reads an answer."""
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, and cancel it when the client hangs up.
+
+    Raises:
+        ClientGone: if it did.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for pending in (task, watch):
+            pending.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _hung_up(request: Request) -> None:
+    # The body has been read: the next message, whenever it comes, is the disconnect.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,72 @@
+"""The commands that the server adds to `demur`: serve and init."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drafts.errors import DraftsError
+from drafts.init import default_folder, init_default
+
+
+def init(
+    folder: Annotated[Path | None, typer.Argument(help="default: the user's cache folder")] = None,
+) -> None:
+    """Make the default ensemble on this machine."""
+    try:
+        init_default(folder or default_folder(), typer.echo)
+    except DraftsError as error:
+        _fail(error)
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="default: DEMUR_HOST, 127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="default: DEMUR_PORT, 8000")] = None,
+    ensemble: Annotated[Path | None, typer.Option(help="folder with demur.json")] = None,
+) -> None:
+    """Start the service. Settings come from DEMUR_* variables and demur.toml (docs/operations.md)."""
+    import uvicorn
+    from pydantic import ValidationError
+
+    from drafts.manifest import read_manifest
+    from server.app import create_app
+    from server.logs import configure_logging
+    from server.settings import Settings
+
+    given = {"host": host, "port": port, "ensemble": ensemble}
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+        read_manifest(settings.ensemble.expanduser())
+    except (ValidationError, DraftsError) as error:
+        _fail(error)
+    configure_logging(settings.log_level)
+    failed = False
+
+    def stop() -> None:
+        nonlocal failed
+        failed = True
+        server.should_exit = True
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, on_failure=stop),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,  # the service's own line has the request id
+            timeout_graceful_shutdown=settings.shutdown_grace_s,
+        )
+    )
+    logging.getLogger("server").info("starting on http://%s:%d", settings.host, settings.port)
+    server.run()
+    if failed or not server.started:
+        sys.exit(1)
+
+
+def _fail(error: Exception) -> None:
+    typer.echo(f"demur: {error}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,145 @@
+"""Errors as OpenAI's clients know them: `{"error": {"message", "type", "param", "code"}}`.
+
+    ApiError
+    ├── BadRequest        400
+    ├── Unauthorized      401
+    ├── NotFound          404
+    ├── TooLarge          413
+    ├── QueueFull         429, with Retry-After
+    ├── NotReady          503, with Retry-After
+    └── DeadlineExceeded  504
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer other than 2xx."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+        self.headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+
+    def body(self) -> dict[str, Any]:
+        """The `error` object."""
+        return {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse({"error": self.body()}, self.status, self.headers)
+
+
+class BadRequest(ApiError):
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class Unauthorized(ApiError):
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers["WWW-Authenticate"] = "Bearer"
+
+
+class NotFound(ApiError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class TooLarge(ApiError):
+    status, type, code = 413, "invalid_request_error", "too_large"
+
+
+class QueueFull(ApiError):
+    status, type, code = 429, "rate_limit_error", "queue_full"
+
+
+class NotReady(ApiError):
+    status, type, code = 503, "server_error", "not_ready"
+
+
+class DeadlineExceeded(ApiError):
+    status, type, code = 504, "server_error", "deadline_exceeded"
+
+
+def from_validation(error: ValidationError | RequestValidationError) -> BadRequest:
+    """The first of pydantic's findings, as a sentence that names the parameter."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "cannot be parsed")
+        return BadRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
+    # FastAPI puts "body" first, and a union the name of its member ("item").
+    location = [part for part in first["loc"] if part not in ("body", "item", "list")]
+    param = _path(location) or None
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"unknown parameter: {param}", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        what = f"{param} is missing" if param else "the body is missing"
+        return BadRequest(what, param=param, code="missing_parameter")
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        return BadRequest(f"{param}: {reason}" if param else reason, param=param)
+    return BadRequest(f"{param or 'body'}: {first['msg']}", param=param)
+
+
+def _path(location: list[Any]) -> str:
+    """("messages", 0, "role") as messages[0].role"""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return "".join(parts).lstrip(".")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Give every error, the framework's own included, the contract's shape."""
+
+    @app.exception_handler(ApiError)
+    async def _api(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        return from_validation(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        answer = ApiError(str(error.detail))
+        answer.status = error.status_code
+        answer.code = HTTPStatus(error.status_code).name.lower()
+        if error.status_code < 500:
+            answer.type = "invalid_request_error"
+        answer.headers = dict(error.headers or {})
+        return answer.response()
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("request failed", exc_info=error)
+        return ApiError("internal error; the server's log has the details").response()

@@ -1,0 +1,25 @@
+"""Prometheus metrics of the service; vLLM's own (`vllm:*`) stand beside them at /metrics."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+REQUESTS = Counter("demur_requests", "HTTP requests", ["route", "status"])
+REQUEST_SECONDS = Histogram(
+    "demur_request_seconds",
+    "Duration of HTTP requests",
+    ["route"],
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+PENDING = Gauge("demur_pending_items", "Items waiting for the engine or in it")
+ITEMS = Counter("demur_items", "Items of scoring requests", ["outcome"])
+TOKENS = Counter("demur_tokens", "Tokens through the engine", ["part"])
+EPISTEMIC = Histogram(
+    "demur_epistemic_mean_nats",
+    "Mean epistemic uncertainty of scored responses",
+    buckets=(0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 4, 8),
+)
+JSD = Histogram(
+    "demur_jsd_mean_nats",
+    "Mean disagreement among the drafts of scored responses; near zero, the drafts have collapsed",
+    buckets=(0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1),
+)
+READY = Gauge("demur_ready", "1 while the engine answers")

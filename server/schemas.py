@@ -1,0 +1,227 @@
+"""Bodies of requests and answers; field descriptions end up in docs/openapi.json."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+# White space passes; what a terminal would obey and no answer holds does not.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _plain(text: str) -> str:
+    if match := _CONTROL.search(text):
+        raise ValueError(
+            f"holds the control character U+{ord(match[0]):04X} at position {match.start()}"
+        )
+    return text
+
+
+class TextPart(_Request):
+    """A part of a message's content, as OpenAI has it."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Request):
+    """A turn of the conversation that the response answers."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+    @model_validator(mode="after")
+    def _no_control_characters(self) -> Message:
+        _plain(self.text)
+        return self
+
+
+class ScoreRequest(_Request):
+    """A response to score, with what it answers: either messages or a prompt."""
+
+    model: str | None = Field(default=None, description="id of the ensemble; default: the one served")
+    messages: list[Message] | None = Field(
+        default=None, min_length=1, description="rendered with the target's chat template"
+    )
+    prompt: str | None = Field(default=None, description="raw text that the response continues")
+    response: str = Field(min_length=1, description="the answer to score")
+    threshold: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="flag the response if its hallucination_score is above this",
+    )
+    store: bool = Field(default=True, description="false keeps the text out of distillation")
+
+    @field_validator("prompt", "response")
+    @classmethod
+    def _no_control_characters(cls, text: str | None) -> str | None:
+        return text if text is None else _plain(text)
+
+    @model_validator(mode="after")
+    def _one_context(self) -> ScoreRequest:
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("send messages or prompt, not both")
+        if self.messages is None and self.prompt is None:
+            raise ValueError("messages or prompt is missing")
+        return self
+
+
+# Items of a list are validated one by one, so that a bad one fails alone.
+_AnyItem = Annotated[Any, WithJsonSchema({"$ref": "#/components/schemas/ScoreRequest"})]
+ScoreBody = Annotated[
+    Annotated[ScoreRequest, Tag("item")] | Annotated[list[_AnyItem], Tag("list"), Field(min_length=1)],
+    Discriminator(lambda body: "list" if isinstance(body, list) else "item"),
+]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer other than 2xx."""
+
+    error: ErrorBody
+
+
+class Estimator(BaseModel):
+    """What produced the numbers."""
+
+    name: Literal["epistemic"] = "epistemic"
+    drafts: int = Field(description="K, number of drafts")
+    weights_version: str
+    support: Literal["full"] = Field(default="full", description="the whole vocabulary, no top-k")
+
+
+class Token(BaseModel):
+    """One token of the response; measures are of the distribution that predicts it, in nats."""
+
+    token: str = Field(description="its text; empty if its character ends in a later token")
+    token_id: int
+    bytes: list[int]
+    text_offset: tuple[int, int] = Field(description="characters of the response, [start, end)")
+    logprob: float = Field(description="target's log-probability of the token")
+    rank: int = Field(description="1 if the target holds no token more likely")
+    entropy: float = Field(description="H(p) of the target")
+    total: float = Field(description="H of the drafts' mixture = aleatoric + jsd")
+    aleatoric: float = Field(description="mean entropy of the drafts")
+    jsd: float = Field(description="drafts against their mixture, in [0, ln K]; high = they disagree")
+    kl: float = Field(description="mixture against target, >= 0; high = they miss the target")
+    epistemic: float = Field(description="jsd + kl; high = the model does not know")
+
+
+class SpanOut(BaseModel):
+    """A doubtful stretch of the response."""
+
+    start: int
+    end: int
+    text: str
+    epistemic_mean: float
+    epistemic_max: float
+
+
+class Usage(BaseModel):
+    """Tokens counted as OpenAI counts them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ScoreResponse(BaseModel):
+    """The uncertainty of a response."""
+
+    id: str
+    object: Literal["uncertainty.score"] = "uncertainty.score"
+    created: int
+    model: str
+    estimator: Estimator
+    hallucination_score: float | None = Field(
+        description="calibrated probability that the response is wrong, high = bad; "
+        "null where no calibrator is loaded"
+    )
+    flagged: bool | None = Field(description="hallucination_score > threshold; null without either")
+    threshold: float | None
+    sequence: dict[str, float | int] = Field(description="n_tokens, and mean, max, sum of measures")
+    tokens: list[Token]
+    spans: list[SpanOut]
+    usage: Usage
+
+
+class ScoreListItem(BaseModel):
+    """One item's score, or why it has none."""
+
+    index: int
+    score: ScoreResponse | None = None
+    error: ErrorBody | None = None
+
+
+class ScoreList(BaseModel):
+    """The answer to a list, in its order."""
+
+    object: Literal["list"] = "list"
+    data: list[ScoreListItem]
+    usage: Usage
+
+
+class Model(BaseModel):
+    """A served ensemble."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "demur"
+    max_model_len: int
+    drafts: int
+    weights_version: str
+
+
+class ModelList(BaseModel):
+    """Served ensembles."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Status(BaseModel):
+    """State of the service."""
+
+    status: Literal["ok", "ready"]
+
+
+class Version(BaseModel):
+    """Versions of the parts."""
+
+    version: str
+    vllm: str | None
+    torch: str | None
+    transformers: str | None

@@ -1,0 +1,81 @@
+"""What one running service holds, and how it comes up and goes down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from drafts.engine import Engine
+from drafts.errors import DraftsError, EngineNotReady
+from drafts.scores import ScoringEngine
+from drafts.text import TextEncoder
+from server import metrics
+from server.admission import Admission
+from server.scoring import Scorer
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# What brings up an engine and the texts' encoder: `start_engine`, or a fake in HTTP tests.
+Start = Callable[[Settings], Awaitable[tuple[str, ScoringEngine, TextEncoder]]]
+
+
+async def start_engine(settings: Settings) -> tuple[str, ScoringEngine, TextEncoder]:
+    """The model's name, its engine and its encoder."""
+    engine = await Engine.start(settings.engine_config())
+    encoder = await asyncio.to_thread(TextEncoder, engine.ensemble.target_path)
+    return engine.ensemble.manifest.name, engine, encoder
+
+
+class State:
+    """Settings, admission and, once it is up, the scorer."""
+
+    def __init__(self, settings: Settings, start: Start) -> None:
+        self.settings = settings
+        self.admission = Admission(settings.max_pending)
+        self.scorer: Scorer | None = None
+        self.failure: str | None = None
+        self._start = start
+        self._starting: asyncio.Task[None] | None = None
+
+    def begin(self, on_failure: Callable[[], None]) -> None:
+        """Bring the engine up in the background, so that /health and /ready answer meanwhile."""
+        self._starting = asyncio.create_task(self._bring_up(on_failure))
+
+    async def _bring_up(self, on_failure: Callable[[], None]) -> None:
+        try:
+            name, engine, encoder = await self._start(self.settings)
+        except (DraftsError, ValueError, OSError) as error:
+            self.failure = str(error)
+            logger.error("the engine did not start: %s", error)
+            on_failure()
+            return
+        self.scorer = Scorer(name, engine, encoder, self.settings)
+        metrics.READY.set(1)
+        logger.info("ready: %s, %d drafts", name, engine.n_drafts)
+
+    async def healthy(self) -> bool:
+        """Starting counts as healthy; a failed start or a dead engine does not."""
+        if self.scorer is None:
+            return self.failure is None
+        try:
+            await self.scorer.engine.check_health()
+        except EngineNotReady as error:
+            self.failure = str(error)
+            metrics.READY.set(0)
+            return False
+        return True
+
+    def why_not_ready(self) -> str:
+        """A sentence for a 503."""
+        return self.failure or "the engine is still starting"
+
+    async def end(self) -> None:
+        """Stop the engine, started or not."""
+        metrics.READY.set(0)
+        if self._starting is not None and not self._starting.done():
+            # A thread that builds the engine cannot be stopped: let it end, then shut it down.
+            await asyncio.wait({self._starting})
+        if self.scorer is not None:
+            await self.scorer.engine.shutdown()
