@@ -69,6 +69,12 @@ def demo() -> None:
             f"{scores[0].model}, {estimator.drafts} drafts, weights {estimator.weights_version}",
             style="dim",
         )
+        if "untrained" in estimator.weights_version:
+            console.print(
+                "These drafts are copies of the target's last layers, not distilled: the engine's "
+                "numbers are exact, what they say about right and wrong is not to be trusted.",
+                style="dim",
+            )
     console.print("The service has stopped. `make serve` starts one that stays.", style="dim")
 
 

@@ -80,6 +80,24 @@ class TooLarge(ApiError):
     status, type, code = 413, "invalid_request_error", "too_large"
 
 
+class BodyTooLarge(HTTPException):
+    """Raised while a body is read. FastAPI turns any other exception there into a plain 400."""
+
+    def __init__(self, limit: int) -> None:
+        # What is left of the body is not read, so the connection cannot be used again.
+        super().__init__(413, headers={"Connection": "close"})
+        self.limit = limit
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        error = TooLarge(
+            f"the body is over {self.limit} bytes; send fewer or shorter items",
+            code="body_too_large",
+        )
+        error.headers.update(self.headers or {})
+        return error.response()
+
+
 class QueueFull(ApiError):
     status, type, code = 429, "rate_limit_error", "queue_full"
 
@@ -131,6 +149,8 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, BodyTooLarge):
+            return error.response()
         answer = ApiError(str(error.detail))
         answer.status = error.status_code
         answer.code = HTTPStatus(error.status_code).name.lower()

@@ -15,16 +15,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import metrics
-from server.errors import TooLarge
+from server.errors import BodyTooLarge
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-class _BodyTooLarge(Exception):
-    pass
 
 
 class RequestContext:
@@ -51,7 +47,7 @@ class RequestContext:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_body_bytes:
-                raise _BodyTooLarge
+                raise BodyTooLarge(self.max_body_bytes)
             return message
 
         async def tagged_send(message: Message) -> None:
@@ -64,16 +60,10 @@ class RequestContext:
         try:
             declared = headers.get("content-length", "")
             if declared.isdecimal() and int(declared) > self.max_body_bytes:
-                raise _BodyTooLarge
+                raise BodyTooLarge(self.max_body_bytes)
             await self.app(scope, bounded_receive, tagged_send)
-        except _BodyTooLarge:
-            answer = TooLarge(
-                f"the body is over {self.max_body_bytes} bytes; send fewer or shorter items",
-                code="body_too_large",
-            ).response()
-            # What is left of the body is not read, so the connection cannot be used again.
-            answer.headers["Connection"] = "close"
-            await answer(scope, receive, tagged_send)
+        except BodyTooLarge as error:  # by its declared length, before any route saw it
+            await error.response()(scope, receive, tagged_send)
         finally:
             # The route's template, not the path: paths are the client's and have no end.
             route = getattr(scope.get("route"), "path", "unknown")

@@ -16,8 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-# White space passes; what a terminal would obey and no answer holds does not.
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+# White space passes. Control characters, which a terminal would obey and no answer holds, do not,
+# and neither do surrogates, which JSON can name but UTF-8 cannot.
+_UNUSABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 class _Request(BaseModel):
@@ -25,10 +26,9 @@ class _Request(BaseModel):
 
 
 def _plain(text: str) -> str:
-    if match := _CONTROL.search(text):
-        raise ValueError(
-            f"holds the control character U+{ord(match[0]):04X} at position {match.start()}"
-        )
+    if match := _UNUSABLE.search(text):
+        kind = "unpaired surrogate" if match[0] >= "\ud800" else "control character"
+        raise ValueError(f"holds the {kind} U+{ord(match[0]):04X} at position {match.start()}")
     return text
 
 

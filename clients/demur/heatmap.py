@@ -19,6 +19,16 @@ _SCALE = [
     ("#800026", "#ffffff"),
 ]
 
+_MOST_DOUBTFUL = 3
+_STATISTICS = (
+    "epistemic_mean",
+    "epistemic_max",
+    "jsd_mean",
+    "kl_mean",
+    "entropy_mean",
+    "logprob_mean",
+)
+
 
 def render(score: Score, *, top: float | None = None, measure: str = "epistemic") -> Group:
     """The response with each token shaded by a measure, and the numbers below.
@@ -35,7 +45,7 @@ def render(score: Score, *, top: float | None = None, measure: str = "epistemic"
         level = 0 if top <= 0 else min(int(value / top * len(_SCALE)), len(_SCALE) - 1)
         background, foreground = _SCALE[level]
         text.append(token.token, style=f"{foreground} on {background}")
-    return Group(text, _legend(top, measure), _numbers(score))
+    return Group(text, _legend(top, measure), _most_doubtful(score, values), _numbers(score))
 
 
 def _legend(top: float, measure: str) -> Text:
@@ -45,11 +55,17 @@ def _legend(top: float, measure: str) -> Text:
     return legend
 
 
+def _most_doubtful(score: Score, values: list[float]) -> Text:
+    """In words, for terminals without colour."""
+    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:_MOST_DOUBTFUL]
+    named = (f"{score.tokens[i].token!r} {values[i]:.2f}" for i in order)
+    return Text("most doubtful: " + ", ".join(named), style="dim")
+
+
 def _numbers(score: Score) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    names = ("epistemic_mean", "epistemic_max", "jsd_mean", "kl_mean", "entropy_mean", "logprob_mean")
     table.add_column("tokens", justify="right")
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_row(str(len(score.tokens)), *(f"{score.sequence[name]:.3f}" for name in names))
+    for name in _STATISTICS:
+        table.add_column(name.replace("epistemic", "EU").replace("_", " "), justify="right")
+    table.add_row(str(len(score.tokens)), *(f"{score.sequence[name]:.3f}" for name in _STATISTICS))
     return table
