@@ -101,6 +101,7 @@ class Engine:
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        await self.check_health()
         ids = self._checked(token_ids, response_start)
         params = self._sampling_params(response_start)
         # Cancelling this coroutine closes the generator, which aborts the request in vLLM.
@@ -139,13 +140,16 @@ class Engine:
             self._ensemble = ensemble
 
     async def check_health(self) -> None:
-        """Raise `EngineNotReady` if the engine is dead."""
-        if self._llm.errored:
+        """Raise `EngineNotReady` if the engine is dead or has been shut down."""
+        if self._llm is None or self._llm.errored:
             raise EngineNotReady("the engine has died; restart the service")
 
     async def shutdown(self) -> None:
-        """Stop the engine's processes."""
-        await asyncio.to_thread(self._llm.shutdown)
+        """Stop the engine's processes. Requests under way fail with `EngineNotReady`."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            # Not in a thread: vLLM's output task would run meanwhile and report a dead engine.
+            llm.shutdown()
 
     def _checked(self, token_ids: Sequence[int], response_start: int) -> list[int]:
         ids = [int(token) for token in token_ids]

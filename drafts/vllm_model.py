@@ -14,7 +14,8 @@ model runner (`VLLM_USE_V2_MODEL_RUNNER=0`) and relies on:
   forward pass; `ForwardContext.attn_metadata[layer].query_start_loc`, which says where in the
   step's rows each request of that batch begins.
 - `model_loader.reload.{initialize,finalize}_layerwise_reload`: reloads the weights of a module in
-  place and redoes what loading did to them (on a CPU, packing for oneDNN).
+  place and redoes what loading did to them (on a CPU, packing for oneDNN), but for a tied head,
+  whose `quant_method.process_weights_after_loading` has to be called.
 - `worker_extension_cls`: its methods become the worker's, callable by `collective_rpc`.
 """
 
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -264,6 +266,11 @@ def _replace(pairs: list[tuple[nn.Module, dict[str, Tensor]]], model_config: Mod
         initialize_layerwise_reload(module)
         module.load_weights(weights.items())
         finalize_layerwise_reload(module, model_config)
+        if isinstance(module.lm_head, VocabParallelEmbedding) and (
+            module.config.tie_word_embeddings
+        ):
+            # A tied head was not loaded itself and would keep what was packed of its old weights.
+            module.lm_head.quant_method.process_weights_after_loading(module.lm_head)
 
 
 def _build(vllm_config: VllmConfig, prefix: str, member: Member) -> nn.Module:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -82,8 +82,8 @@ def save_lm(folder: Path, seed: int, architecture: str = "llama", **changes: Any
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,  # heads of 32, the smallest that vLLM takes on a CPU
+        "num_key_value_heads": 1,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         # Large weights: distributions that differ clearly between members and positions.
@@ -93,6 +93,7 @@ def save_lm(folder: Path, seed: int, architecture: str = "llama", **changes: Any
     config = (LlamaConfig if architecture == "llama" else Qwen2Config)(**settings)
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    perturb(folder, seed)
     save_tokenizer(folder, byte_level_tokenizer())
     return folder
 
@@ -108,12 +109,11 @@ def save_residual(folder: Path, seed: int, config: ResidualConfig, scale: float 
 
 def perturb(folder: Path, seed: int, scale: float = 0.3) -> None:
     """Change a checkpoint's weights, so that a copied draft is one of its own."""
-    from safetensors.torch import load_file
-
     file = folder / "model.safetensors"
     torch.manual_seed(seed)
     weights = {
-        name: tensor + scale * tensor.float().std().nan_to_num(1.0) * torch.randn_like(tensor)
+        # Constant tensors (norms of ones, biases of zero) get noise as well.
+        name: tensor + scale * max(float(tensor.std()), 0.1) * torch.randn_like(tensor)
         for name, tensor in load_file(file).items()
     }
     save_file(weights, file, metadata={"format": "pt"})
@@ -133,9 +133,8 @@ def mixed_ensemble(
     ]
     for draft in drafts:
         perturb(folder / str(draft["source"]), seed + len(str(draft["name"])))
-    width = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    width = {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
     for name, layers in (("model_a", 2), ("model_b", 3)):
-        # Head size 16 as the target's: page sizes of the KV cache must be multiples of each other.
         save_lm(folder / name, seed + 10 * layers, architecture, **width, num_hidden_layers=layers)
         drafts.append({"name": name, "kind": "model", "source": name})
     config = ResidualConfig(hidden_size=64, taps=[1, 3], rank=16, factors=4, width=32, draws=4)

@@ -1,0 +1,272 @@
+"""The engine on tiny random ensembles: architectures, sampling, swaps of weights, bad arguments."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from drafts import channel
+from drafts.engine import Engine
+from drafts.errors import DraftsError, EngineNotReady, ManifestError, WeightsError
+from drafts.manifest import load_ensemble
+from drafts.reference import Reference
+from drafts.scores import TokenScores
+from tests.engine_checks import TOLERANCE, assert_close, joined, running
+from tests.tiny import edit_manifest, mixed_ensemble
+
+pytestmark = pytest.mark.engine
+
+TINY = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 16,
+    "kv_cache_gib": 0.05,
+}
+
+
+def some_texts(seed: int = 0, count: int = 12) -> list[tuple[list[int], int]]:
+    """Random token ids and the place where the response begins."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        length = rng.randint(3, 150)
+        ids = [rng.randrange(320) for _ in range(length)]
+        texts.append((ids, rng.randint(1, length - 1)))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mixed_ensemble(tmp_path_factory.mktemp("tiny") / "v1")
+
+
+@pytest.fixture(scope="module")
+def second(folder: Path) -> Path:
+    """The same ensemble with other draft weights."""
+    return mixed_ensemble(folder.parent / "v2", seed=100, version="v2")
+
+
+@pytest.fixture(scope="module")
+async def engine(folder: Path) -> AsyncIterator[Engine]:
+    async with running(folder, **TINY) as engine:
+        yield engine
+
+
+def expected(folder: Path, texts: list[tuple[list[int], int]]) -> list[TokenScores]:
+    oracle = Reference(load_ensemble(folder))
+    return [oracle.score(ids, start) for ids, start in texts]
+
+
+async def test_all_kinds_of_draft(engine: Engine, folder: Path) -> None:
+    texts = some_texts()
+    reference = expected(folder, texts)
+    # Were the drafts alike, this would test nothing.
+    assert joined(reference, "jsd").mean() > 0.05
+    assert joined(reference, "kl").mean() > 0.05
+    assert_close([await engine.score(*text) for text in texts], reference)
+    assert_close(await asyncio.gather(*(engine.score(*text) for text in texts)), reference)
+
+
+async def test_another_architecture(tmp_path: Path) -> None:
+    folder = mixed_ensemble(tmp_path / "qwen", architecture="qwen2")
+    texts = some_texts(1)
+    async with running(folder, **TINY) as engine:
+        got = await asyncio.gather(*(engine.score(*text) for text in texts))
+    assert_close(got, expected(folder, texts))
+
+
+async def test_sampled_tokens_carry_measures_and_are_never_columns(
+    engine: Engine, folder: Path
+) -> None:
+    from vllm import SamplingParams
+
+    prompt = [5, 6, 7, 8]
+    params = SamplingParams(
+        max_tokens=40,
+        temperature=2.0,  # flat enough to sample a metric column, were they not masked
+        ignore_eos=True,
+        logprobs=channel.M,
+        flat_logprobs=True,
+        detokenize=False,
+        extra_args={channel.MEASURE_FROM: len(prompt)},
+    )
+    outputs = engine._llm.generate({"prompt_token_ids": prompt}, params, request_id="sampled")
+    async for output in outputs:
+        final = output.outputs[0]
+    ids = list(final.token_ids)
+    assert len(ids) == 40
+    assert max(ids) < 320
+    flat = final.logprobs
+    shape = (40, channel.M + 1)
+    values, columns = (np.asarray(part).reshape(shape) for part in (flat.logprobs, flat.token_ids))
+    got = channel.decode(values[:, 0], columns[:, 1:], values[:, 1:], 320)
+    (reference,) = expected(folder, [(prompt + ids, len(prompt))])
+    for name in ("logprob", "entropy", "total", "jsd", "kl"):
+        assert np.abs(got[name] - getattr(reference, name)).max() <= TOLERANCE, name
+
+
+async def test_swaps_under_load_never_mix_versions(
+    engine: Engine, folder: Path, second: Path
+) -> None:
+    texts = some_texts(2, count=40)
+    references = {"v1": expected(folder, texts), "v2": expected(second, texts)}
+    done: list[tuple[int, TokenScores]] = []
+
+    async def one(index: int) -> None:
+        done.append((index, await engine.score(*texts[index])))
+
+    # Requests keep coming while the weights go back and forth between them.
+    tasks: list[asyncio.Task[Any]] = []
+    for index in range(40):
+        tasks.append(asyncio.create_task(one(index)))
+        if index in (10, 20, 30):
+            tasks.append(asyncio.create_task(engine.swap(folder if index == 20 else second)))
+        await asyncio.sleep(0.02)
+    await asyncio.gather(*tasks)
+    versions = {score.weights_version for _, score in done}
+    assert versions == {"v1", "v2"}
+    for index, score in done:
+        assert_close([score], [references[score.weights_version][index]])
+    await engine.swap(folder)
+    assert engine.weights_version == "v1"
+
+
+def _truncated(path: Path) -> None:
+    file = path / "exit_b/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _garbage(path: Path) -> None:
+    (path / "model_a/model.safetensors").write_bytes(b"not weights")
+
+
+def _missing_file(path: Path) -> None:
+    (path / "student/model.safetensors").unlink()
+
+
+def _rewrite(path: Path, change: Any) -> None:
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def _nan(path: Path) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.norm.weight"][3] = float("nan")
+
+    _rewrite(path / "model_b/model.safetensors", change)
+
+
+def _misshapen(path: Path) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["basis"] = weights["basis"][:, :-1].contiguous()
+
+    _rewrite(path / "student/model.safetensors", change)
+
+
+def _missing_tensor(path: Path) -> None:
+    _rewrite(path / "exit_a/model.safetensors", lambda weights: weights.pop("model.norm.weight"))
+
+
+def _extra_tensor(path: Path) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
+
+    _rewrite(path / "exit_a/model.safetensors", change)
+
+
+def _other_kinds(path: Path) -> None:
+    drafts = load_ensemble(path).manifest.model_dump()["drafts"]
+    edit_manifest(path, drafts=drafts[:-1])
+
+
+def _other_target(path: Path) -> None:
+    shutil.copytree(path.parent / "target-llama", path / "target", dirs_exist_ok=True)
+    edit_manifest(path, target={"source": "target"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "message"),
+    [
+        (_truncated, WeightsError, "exit_b.*cannot be read"),
+        (_garbage, WeightsError, "model_a.*cannot be read"),
+        (_missing_file, WeightsError, "residual_a.*no model.safetensors"),
+        (_nan, WeightsError, "model_b.*model.norm.weight holds NaN"),
+        (_misshapen, WeightsError, "basis has shape"),
+        (_missing_tensor, WeightsError, "exit_a.*missing.*model.norm.weight"),
+        (_extra_tensor, WeightsError, "exit_a.*unknown.*layers.7"),
+        (_other_kinds, ManifestError, "cannot change the drafts' name"),
+        (_other_target, ManifestError, "changes drafts only"),
+    ],
+)
+async def test_weights_that_cannot_be_used_are_refused_and_the_old_serve_on(
+    engine: Engine,
+    folder: Path,
+    second: Path,
+    damage: Any,
+    kind: type[DraftsError],
+    message: str,
+) -> None:
+    texts = some_texts(3, count=3)
+    before = [await engine.score(*text) for text in texts]
+    damaged = folder.parent / f"damaged{damage.__name__}"
+    shutil.copytree(second, damaged)
+    damage(damaged)
+    with pytest.raises(kind, match=message):
+        await engine.swap(damaged)
+    assert engine.weights_version == "v1"
+    after = [await engine.score(*text) for text in texts]
+    assert_close(after, before)
+    assert_close(after, expected(folder, texts))
+
+
+@pytest.mark.parametrize(
+    ("ids", "start"),
+    [
+        ([], 0),
+        ([1], 0),
+        ([1, 2], 0),
+        ([1, 2], 2),
+        ([1, 320], 1),  # the first metric column
+        ([1, -1], 1),
+        ([1] * 256, 1),  # no place for the token that vLLM samples
+    ],
+)
+async def test_bad_arguments_do_not_reach_vllm(
+    engine: Engine, ids: list[int], start: int
+) -> None:
+    with pytest.raises(ValueError, match=r"response_start|token ids|tokens, at most"):
+        await engine.score(ids, start)
+    assert len(await engine.score([1] * 255, 254)) == 1
+
+
+async def test_a_cancelled_request_leaves_the_engine_well(engine: Engine, folder: Path) -> None:
+    texts = some_texts(4)
+    tasks = [asyncio.create_task(engine.score(*text)) for text in texts]
+    await asyncio.sleep(0.01)
+    for task in tasks[::2]:
+        task.cancel()
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in done[::2])
+    assert_close([r for r in done[1::2] if isinstance(r, TokenScores)], expected(folder, texts[1::2]))
+    assert engine._llm.get_num_unfinished_requests() == 0
+    await asyncio.wait_for(engine.swap(folder), 30)  # no cancelled request still holds the gate
+
+
+async def test_zz_a_shut_down_engine_says_so(engine: Engine) -> None:
+    """Last of this file: it ends the shared engine."""
+    await engine.shutdown()
+    with pytest.raises(EngineNotReady):
+        await engine.score([1, 2], 1)
+    with pytest.raises(EngineNotReady):
+        await engine.check_health()
