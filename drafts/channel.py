@@ -36,7 +36,10 @@ def encode(values_TM: Tensor) -> Tensor:
 
 
 def decode(
-    logit_T: NDArray[np.float64], token_ids: NDArray[np.int64], values: NDArray[np.float64], vocab: int
+    logit_T: NDArray[np.float64],
+    token_ids: NDArray[np.int64],
+    values: NDArray[np.float64],
+    vocab: int,
 ) -> dict[str, NDArray[np.float64]]:
     """Values [T] by column name, with "logprob", from vLLM's top M entries of each token.
 

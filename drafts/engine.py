@@ -230,7 +230,7 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
     )
     try:
         return AsyncLLM.from_engine_args(arguments)
-    except Exception as error:  # noqa: BLE001 - vLLM raises whatever its parts raise
+    except Exception as error:
         raise EngineNotReady(f"vLLM did not start: {error}") from error
 
 

@@ -1,10 +1,10 @@
 """What can go wrong with an ensemble or its engine.
 
-    DraftsError
-    ├── ManifestError      an ensemble folder that cannot be used; the sentence says what differs
-    ├── WeightsError       draft weights that are broken, wrongly shaped or not finite
-    ├── EngineNotReady     the engine is starting, stopping or dead
-    └── NonFiniteError     a forward pass produced NaN or infinity
+DraftsError
+├── ManifestError      an ensemble folder that cannot be used; the sentence says what differs
+├── WeightsError       draft weights that are broken, wrongly shaped or not finite
+├── EngineNotReady     the engine is starting, stopping or dead
+└── NonFiniteError     a forward pass produced NaN or infinity
 """
 
 
@@ -20,7 +20,7 @@ class WeightsError(DraftsError):
     """Draft weights that are broken, wrongly shaped or not finite."""
 
 
-class EngineNotReady(DraftsError):  # noqa: N818
+class EngineNotReady(DraftsError):
     """The engine is starting, stopping or dead."""
 
 

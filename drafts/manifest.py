@@ -274,7 +274,7 @@ def _check_vocabulary(draft: ModelDraft, path: Path, target_path: Path) -> None:
         raise ManifestError(
             f"draft '{draft.name}' cannot serve this target: its vocabulary differs "
             f"({len(differing)} tokens, {len(have)} entries against {len(want)}; "
-            f"{example!r} is {have.get(example)} in the draft and {want.get(example)} in the target)"
+            f"{example!r} is {have.get(example)} in the draft, {want.get(example)} in the target)"
         )
 
 

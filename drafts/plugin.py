@@ -6,6 +6,4 @@ def register() -> None:
     from vllm import ModelRegistry
 
     if "EnsembleForCausalLM" not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(
-            "EnsembleForCausalLM", "drafts.vllm_model:EnsembleForCausalLM"
-        )
+        ModelRegistry.register_model("EnsembleForCausalLM", "drafts.vllm_model:EnsembleForCausalLM")

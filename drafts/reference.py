@@ -39,9 +39,7 @@ class Reference:
             ensemble.target_path, dtype=dtype, local_files_only=True
         )
         self.target.to(device).eval()
-        self.modules = [
-            _build(member).to(device, dtype).eval() for member in ensemble.members
-        ]
+        self.modules = [_build(member).to(device, dtype).eval() for member in ensemble.members]
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

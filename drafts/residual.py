@@ -52,6 +52,10 @@ class ResidualConfig(BaseModel):
 class ResidualHead(nn.Module):
     """The move of h for one student and all of its draws."""
 
+    basis: Tensor
+    z: Tensor
+    eps: Tensor
+
     def __init__(self, config: ResidualConfig) -> None:
         super().__init__()
         self.config = config

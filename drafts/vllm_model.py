@@ -10,8 +10,8 @@ model runner (`VLLM_USE_V2_MODEL_RUNNER=0`) and relies on:
 - `GPUModelRunner`: treats the returned hidden states as opaque rows, hands `compute_logits` the
   rows it wants scored, and with `logprobs_mode="raw_logits"` returns raw top-k values of its
   result, prompt rows through `_get_prompt_logprobs_dict`, sampled rows through `Sampler`.
-- `LogitsProcessor.update_state` and `process_dict_updates`, called with each change of the persistent batch before the
-  forward pass; `ForwardContext.attn_metadata[layer].query_start_loc`, which says where in the
+- `LogitsProcessor.update_state` (with `process_dict_updates`), called with each change of the
+  persistent batch before the forward pass; `ForwardContext.attn_metadata[layer].query_start_loc`, which says where in the
   step's rows each request of that batch begins.
 - `model_loader.reload.{initialize,finalize}_layerwise_reload`: reloads the weights of a module in
   place and redoes what loading did to them (on a CPU, packing for oneDNN), but for a tied head,
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 _LOGIT_ROWS = 128
 
 
-
-
-
 class _MeasureFrom:
     """For each place of vLLM's persistent batch, the first token whose measures are wanted.
 
@@ -80,7 +77,7 @@ class _MeasureFrom:
 _measure_from = _MeasureFrom()
 
 
-class MaskMetricColumns(LogitsProcessor):
+class MaskMetricColumns(LogitsProcessor):  # type: ignore[misc]
     """Keeps the metric columns from being sampled; vLLM took the raw values before this runs."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -115,34 +112,35 @@ class EnsembleForCausalLM(nn.Module):
         ensemble = load_ensemble(vllm_config.model_config.hf_config.demur_ensemble)
         self.ensemble = ensemble
         self.vocab_size = ensemble.vocab_size
-        self.target = init_vllm_registered_model(
+        # vLLM and torch containers are untyped to mypy, hence Any.
+        self.target: Any = init_vllm_registered_model(
             vllm_config, prefix=maybe_prefix(prefix, "target"), hf_config=ensemble.target_config
         )
         self.hidden_layers = ensemble.hidden_layers
         if self.hidden_layers:
             self.target.set_aux_hidden_state_layers(self.hidden_layers)
         # `model` and `exit` drafts by name, which vLLM runs; residual heads, one a checkpoint.
-        self.members = nn.ModuleDict()
+        self.members: Any = nn.ModuleDict()
         self.exits: set[str] = set()
         for member in ensemble.members:
-            if not isinstance(member.draft, ResidualDraft):
+            if _is_run(member):
                 self.members[member.draft.name] = _build(vllm_config, prefix, member)
             if isinstance(member.draft, ExitDraft):
                 self.exits.add(member.draft.name)
         students = list(ensemble.students())
-        self.students = nn.ModuleList(ResidualHead(config) for config, _ in students)
+        self.students: Any = nn.ModuleList(ResidualHead(config) for config, _ in students)
         self.draws = [draws for _, draws in students]
         # Columns of a row that `forward` returns.
         d = ensemble.target_config.hidden_size
-        self.widths = [d]
-        self.widths += [module.config.hidden_size for module in self.members.values()]
-        self.widths += [d for student in self.students for _ in student.config.taps]
-        self.widths += [1]
+        own = [member.config.hidden_size for member in ensemble.members if _is_run(member)]
+        taps = [d for config, _ in students for _ in config.taps]
+        self.widths = [d, *own, *taps, 1]
 
     # What the runner calls.
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        return self.target.embed_input_ids(input_ids)
+        embedded: Tensor = self.target.embed_input_ids(input_ids)
+        return embedded
 
     def forward(
         self,
@@ -167,9 +165,7 @@ class EnsembleForCausalLM(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def compute_logits(self, rows_TX: Tensor) -> Tensor:
-        out_TW = torch.empty(
-            rows_TX.shape[0], self.vocab_size + channel.M, device=rows_TX.device
-        )
+        out_TW = torch.empty(rows_TX.shape[0], self.vocab_size + channel.M, device=rows_TX.device)
         for start in range(0, rows_TX.shape[0], _LOGIT_ROWS):
             block = slice(start, start + _LOGIT_ROWS)
             self._logits_block(rows_TX[block], out_TW[block])
@@ -186,7 +182,7 @@ class EnsembleForCausalLM(nn.Module):
     # Logits and measures.
 
     def _logits_block(self, rows_BX: Tensor, out_BW: Tensor) -> None:
-        h_Bd, *states, wanted_B1 = rows_BX.split(self.widths, dim=-1)
+        h_Bd, *states, wanted_B1 = torch.split(rows_BX, self.widths, dim=-1)
         logits_BV = out_BW[:, : self.vocab_size]
         columns_BM = out_BW[:, self.vocab_size :]
         logits_BV.copy_(self.target.compute_logits(h_Bd.contiguous()))
@@ -225,17 +221,17 @@ class EnsembleForCausalLM(nn.Module):
 
     # Weights.
 
-    def _read(self, ensemble: Ensemble) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    def _read(self, ensemble: Ensemble) -> list[tuple[Any, dict[str, Tensor]]]:
         """Each draft module with its new weights, read whole and checked.
 
         Raises:
             WeightsError: if any file is broken; no module was touched then.
         """
-        pairs: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        pairs: list[tuple[Any, dict[str, Tensor]]] = []
         students = iter(self.students)
         seen: set[Path] = set()
         for member in ensemble.members:
-            if not isinstance(member.draft, ResidualDraft):
+            if _is_run(member):
                 pairs.append((self.members[member.draft.name], read_member(member)))
             elif member.path not in seen:
                 seen.add(member.path)
@@ -258,7 +254,7 @@ class EnsembleForCausalLM(nn.Module):
         self.ensemble = ensemble
 
 
-def _replace(pairs: list[tuple[nn.Module, dict[str, Tensor]]], model_config: ModelConfig) -> None:
+def _replace(pairs: list[tuple[Any, dict[str, Tensor]]], model_config: ModelConfig) -> None:
     for module, weights in pairs:
         if isinstance(module, ResidualHead):
             module.load_weights(weights.items())
@@ -273,8 +269,13 @@ def _replace(pairs: list[tuple[nn.Module, dict[str, Tensor]]], model_config: Mod
             module.lm_head.quant_method.process_weights_after_loading(module.lm_head)
 
 
+def _is_run(member: Member) -> bool:
+    """Is it a model that vLLM runs, with a KV cache? A residual head is not."""
+    return not isinstance(member.draft, ResidualDraft)
+
+
 def _build(vllm_config: VllmConfig, prefix: str, member: Member) -> nn.Module:
-    module = init_vllm_registered_model(
+    module: Any = init_vllm_registered_model(
         vllm_config, prefix=maybe_prefix(prefix, member.draft.name), hf_config=member.config
     )
     if isinstance(member.draft, ExitDraft):
@@ -282,7 +283,8 @@ def _build(vllm_config: VllmConfig, prefix: str, member: Member) -> nn.Module:
         # built with is dropped, so that both stay one copy in memory.
         module.model.embed_tokens = nn.Identity()
         module.lm_head = nn.Identity()
-    return module
+    built: nn.Module = module
+    return built
 
 
 class SwapDrafts:

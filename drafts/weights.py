@@ -62,9 +62,11 @@ def check_shapes(member: Member) -> None:
 
 def _expected_shapes(member: Member) -> Shapes:
     with torch.device("meta"):
-        module = ResidualHead(member.config) if isinstance(
-            member.draft, ResidualDraft
-        ) else _causal_lm(member.config)
+        module = (
+            ResidualHead(member.config)
+            if isinstance(member.draft, ResidualDraft)
+            else _causal_lm(member.config)
+        )
     shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     if isinstance(member.draft, ResidualDraft):
         return shapes

@@ -44,7 +44,7 @@ class Admission:
             metrics.PENDING.set(self.pending)
 
 
-class ClientGone(Exception):  # noqa: N818
+class ClientGone(Exception):
     """The client hung up; nobody reads an answer."""
 
 

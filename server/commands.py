@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="default: DEMUR_PORT, 8000")] = None,
     ensemble: Annotated[Path | None, typer.Option(help="folder with demur.json")] = None,
 ) -> None:
-    """Start the service. Settings come from DEMUR_* variables and demur.toml (docs/operations.md)."""
+    """Start the service. Settings: DEMUR_* variables and demur.toml (docs/operations.md)."""
     import uvicorn
     from pydantic import ValidationError
 
@@ -37,7 +37,7 @@ def serve(
     from server.logs import configure_logging
     from server.settings import Settings
 
-    given = {"host": host, "port": port, "ensemble": ensemble}
+    given: dict[str, Any] = {"host": host, "port": port, "ensemble": ensemble}
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
         read_manifest(settings.ensemble.expanduser())

@@ -85,7 +85,7 @@ def _service(console: Console) -> Iterator[Client]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile() as log:
-        command = [Path(sys.executable).with_name("demur"), "serve", "--port", str(port)]
+        command = [str(Path(sys.executable).with_name("demur")), "serve", "--port", str(port)]
         # A session of its own, so that Ctrl-C reaches only us and we stop it in order.
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env=_environment(), start_new_session=True

@@ -1,13 +1,13 @@
 """Errors as OpenAI's clients know them: `{"error": {"message", "type", "param", "code"}}`.
 
-    ApiError
-    ├── BadRequest        400
-    ├── Unauthorized      401
-    ├── NotFound          404
-    ├── TooLarge          413
-    ├── QueueFull         429, with Retry-After
-    ├── NotReady          503, with Retry-After
-    └── DeadlineExceeded  504
+ApiError
+├── BadRequest        400
+├── Unauthorized      401
+├── NotFound          404
+├── TooLarge          413
+├── QueueFull         429, with Retry-After
+├── NotReady          503, with Retry-After
+└── DeadlineExceeded  504
 """
 
 from __future__ import annotations

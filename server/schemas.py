@@ -61,7 +61,9 @@ class Message(_Request):
 class ScoreRequest(_Request):
     """A response to score, with what it answers: either messages or a prompt."""
 
-    model: str | None = Field(default=None, description="id of the ensemble; default: the one served")
+    model: str | None = Field(
+        default=None, description="id of the ensemble; default: the one served"
+    )
     messages: list[Message] | None = Field(
         default=None, min_length=1, description="rendered with the target's chat template"
     )
@@ -93,7 +95,8 @@ class ScoreRequest(_Request):
 # Items of a list are validated one by one, so that a bad one fails alone.
 _AnyItem = Annotated[Any, WithJsonSchema({"$ref": "#/components/schemas/ScoreRequest"})]
 ScoreBody = Annotated[
-    Annotated[ScoreRequest, Tag("item")] | Annotated[list[_AnyItem], Tag("list"), Field(min_length=1)],
+    Annotated[ScoreRequest, Tag("item")]
+    | Annotated[list[_AnyItem], Tag("list"), Field(min_length=1)],
     Discriminator(lambda body: "list" if isinstance(body, list) else "item"),
 ]
 
@@ -134,7 +137,9 @@ class Token(BaseModel):
     entropy: float = Field(description="H(p) of the target")
     total: float = Field(description="H of the drafts' mixture = aleatoric + jsd")
     aleatoric: float = Field(description="mean entropy of the drafts")
-    jsd: float = Field(description="drafts against their mixture, in [0, ln K]; high = they disagree")
+    jsd: float = Field(
+        description="drafts against their mixture, in [0, ln K]; high = they disagree"
+    )
     kl: float = Field(description="mixture against target, >= 0; high = they miss the target")
     epistemic: float = Field(description="jsd + kl; high = the model does not know")
 

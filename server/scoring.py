@@ -1,7 +1,7 @@
 """The path of a scoring request.
 
-    tokenize → engine (target and drafts, one pass) → measures per token → spans → aggregate
-    → calibrate → respond
+tokenize → engine (target and drafts, one pass) → measures per token → spans → aggregate
+→ calibrate → respond
 """
 
 from __future__ import annotations

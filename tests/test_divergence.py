@@ -134,7 +134,8 @@ def test_half_precision_is_widened_and_float64_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("drafts", "target"), [((2, 3, 4), (3, 5)), ((2, 3, 4), (4, 4)), ((0, 3, 4), (3, 4)), ((3, 4), (3, 4))]
+    ("drafts", "target"),
+    [((2, 3, 4), (3, 5)), ((2, 3, 4), (4, 4)), ((0, 3, 4), (3, 4)), ((3, 4), (3, 4))],
 )
 def test_shapes_that_do_not_fit_are_refused(drafts: tuple[int], target: tuple[int]) -> None:
     with pytest.raises(ValueError, match=r"expected drafts|at least 1"):

@@ -242,9 +242,7 @@ async def test_weights_that_cannot_be_used_are_refused_and_the_old_serve_on(
         ([1] * 256, 1),  # no place for the token that vLLM samples
     ],
 )
-async def test_bad_arguments_do_not_reach_vllm(
-    engine: Engine, ids: list[int], start: int
-) -> None:
+async def test_bad_arguments_do_not_reach_vllm(engine: Engine, ids: list[int], start: int) -> None:
     with pytest.raises(ValueError, match=r"response_start|token ids|tokens, at most"):
         await engine.score(ids, start)
     assert len(await engine.score([1] * 255, 254)) == 1
@@ -258,7 +256,9 @@ async def test_a_cancelled_request_leaves_the_engine_well(engine: Engine, folder
         task.cancel()
     done = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in done[::2])
-    assert_close([r for r in done[1::2] if isinstance(r, TokenScores)], expected(folder, texts[1::2]))
+    assert_close(
+        [r for r in done[1::2] if isinstance(r, TokenScores)], expected(folder, texts[1::2])
+    )
     assert engine._llm.get_num_unfinished_requests() == 0
     await asyncio.wait_for(engine.swap(folder), 30)  # no cancelled request still holds the gate
 

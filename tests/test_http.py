@@ -85,7 +85,9 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "status", "param"), [row[1:] for row in BAD], ids=[r[0] for r in BAD])
+@pytest.mark.parametrize(
+    ("body", "status", "param"), [row[1:] for row in BAD], ids=[r[0] for r in BAD]
+)
 async def test_bad_items(
     service: Service, body: dict[str, Any], status: int, param: str | None
 ) -> None:
@@ -106,7 +108,11 @@ RAW = [
     ("NaN threshold", b'{"prompt": "a", "response": "b", "threshold": NaN}', None),
     ("infinite threshold", b'{"prompt": "a", "response": "b", "threshold": 1e999}', None),
     ("surrogate", b'{"prompt": "a", "response": "\\ud800"}', None),
-    ("surrogate in message", b'{"messages": [{"role": "user", "content": "\\udc00"}], "response": "b"}', None),
+    (
+        "surrogate in message",
+        b'{"messages": [{"role": "user", "content": "\\udc00"}], "response": "b"}',
+        None,
+    ),
     ("not UTF-8", b'{"prompt": "a", "response": "\xff\xfe"}', None),
     ("huge integer", b'{"prompt": "a", "response": ' + b"9" * 10_000 + b"}", None),
 ]
@@ -132,14 +138,22 @@ async def test_a_bad_item_of_a_list_fails_alone(service: Service) -> None:
     assert [item["index"] for item in data if item["error"] is not None] == [500]
     assert data[500]["error"]["param"] == "seed"
     assert data[500]["score"] is None
-    texts = ["".join(token["token"] for token in item["score"]["tokens"]) for item in data if item["score"]]
+    texts = [
+        "".join(token["token"] for token in item["score"]["tokens"])
+        for item in data
+        if item["score"]
+    ]
     assert texts == [f"answer {i}" for i in range(1000) if i != 500]
     # A list leaves room in the engine for others.
     assert service.engine.most_running == 32
 
 
 async def test_items_of_a_list_fail_each_in_their_way(service: Service) -> None:
-    items = [7, {"prompt": "a", "response": "x", "model": "nope"}, {"prompt": "a", "response": "w " * 99}]
+    items = [
+        7,
+        {"prompt": "a", "response": "x", "model": "nope"},
+        {"prompt": "a", "response": "w " * 99},
+    ]
     data = (await service.client.post("/v1/score", json=items)).json()["data"]
     assert [item["error"]["code"] for item in data] == [
         "invalid_request",
@@ -188,7 +202,9 @@ async def test_keys(encoder: TextEncoder) -> None:
             response = await service.client.post("/v1/score", json=GOOD, headers=headers)
             assert error_of(response, 401)["code"] == "invalid_api_key"
         headers = {"Authorization": "Bearer also-right"}
-        assert (await service.client.post("/v1/score", json=GOOD, headers=headers)).status_code == 200
+        assert (
+            await service.client.post("/v1/score", json=GOOD, headers=headers)
+        ).status_code == 200
         assert (await service.client.get("/v1/models")).status_code == 401
         assert (await service.client.get("/health")).status_code == 200
 

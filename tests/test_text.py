@@ -79,7 +79,7 @@ def test_any_text_is_cut_whole(byte_level: TextEncoder, response: str) -> None:
 
 
 def test_the_prompt_keeps_its_own_tokens(byte_level: TextEncoder) -> None:
-    # " capital" is one token in a text; cut in the middle, the prompt's tokens must stay as they are.
+    # " capital" is one token in a text; cut within it, the prompt's tokens must stay as they are.
     alone = byte_level.encode("The cap", "x", rendered=False)
     joined = byte_level.encode("The cap", "ital of", rendered=False)
     start = alone.response_start

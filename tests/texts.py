@@ -18,6 +18,9 @@ def answers() -> list[tuple[str, str]]:
 
 def _made(n: int) -> tuple[str, str]:
     each, count = 3 + n, 2 + n % 5
-    question = f"A box holds {each} pens. Tom buys {count} boxes and gives 3 pens away. How many has he left?"
+    question = f"A box holds {each} pens. Tom buys {count} and gives 3 pens away. What is left?"
     steps = " ".join(f"After box {i} he has {i * each} pens." for i in range(1, count + 1 + n % 4))
-    return question, f"{steps} Then {count * each} - 3 = {count * each - 3}.\n#### {count * each - 3}"
+    return (
+        question,
+        f"{steps} Then {count * each} - 3 = {count * each - 3}.\n#### {count * each - 3}",
+    )

@@ -1,11 +1,11 @@
 """Client of demur: how much a language model does not know what it is saying, token by token.
 
-    from demur import Client
+from demur import Client
 
-    with Client("http://localhost:8000") as client:
-        score = client.score(prompt="The capital of Japan is", response=" Tokyo.")
-        for token in score.tokens:
-            print(token.token, token.epistemic)
+with Client("http://localhost:8000") as client:
+    score = client.score(prompt="The capital of Japan is", response=" Tokyo.")
+    for token in score.tokens:
+        print(token.token, token.epistemic)
 """
 
 from demur.client import Client

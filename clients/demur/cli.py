@@ -7,6 +7,7 @@ the function. An entry that cannot be imported is reported when it is called, no
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated
 
@@ -64,8 +65,9 @@ def _nothing() -> None:
     """Stands in the list of commands for one that was not asked for."""
 
 
-def _load(entry: EntryPoint) -> object:
+def _load(entry: EntryPoint) -> Callable[..., None]:
     try:
-        return entry.load()
+        command: Callable[..., None] = entry.load()
     except ImportError as error:
         sys.exit(f"`demur {entry.name}` cannot be loaded: {error}")
+    return command

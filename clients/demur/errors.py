@@ -1,14 +1,14 @@
 """What a call can raise.
 
-    DemurError
-    ├── APIConnectionError         no answer: refused, reset, timed out
-    └── APIStatusError             an answer other than 2xx
-        ├── BadRequestError        400
-        ├── AuthenticationError    401
-        ├── NotFoundError          404
-        ├── RequestTooLargeError   413
-        ├── RateLimitError         429
-        └── ServerError            5xx
+DemurError
+├── APIConnectionError         no answer: refused, reset, timed out
+└── APIStatusError             an answer other than 2xx
+    ├── BadRequestError        400
+    ├── AuthenticationError    401
+    ├── NotFoundError          404
+    ├── RequestTooLargeError   413
+    ├── RateLimitError         429
+    └── ServerError            5xx
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the service answers, typed. Measures are in nats; fields that a newer service adds are kept."""
+"""What the service answers, typed. Measures are in nats.
+
+Fields that a newer service adds are kept.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,71 @@
+# demur: `make demo` shows it, `make test` checks it. Both install what is missing into .venv.
+
+PYTHON ?= python3.11
+# Where the CPU build of torch comes from if pip's own sources have none.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := torch==2.13.0+cpu
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := .venv/.ready
+INPUTS := requirements/cpu.txt pyproject.toml clients/pyproject.toml
+
+.PHONY: setup demo serve test test-fast lint format bench lock openapi clean
+
+setup: $(READY)
+	@echo "setup: .venv is up to date"
+
+$(READY): $(INPUTS)
+	@echo "setup 1/4: virtual environment in .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "setup 2/4: $(TORCH)"
+	@$(PIP) install --no-deps $(TORCH) || \
+		{ echo "setup: not among pip's own sources; taking it from $(TORCH_INDEX)"; \
+		  $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH); }
+	@echo "setup 3/4: the pinned packages of requirements/cpu.txt (about 1 GB; minutes)"
+	@$(PIP) install --no-deps -r requirements/cpu.txt
+	@echo "setup 4/4: demur and demur-server, editable"
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e clients -e .
+	@touch $@
+
+demo: setup
+	@$(BIN)/demur demo
+
+serve: setup
+	@$(BIN)/demur init
+	@$(BIN)/demur serve
+
+test: setup
+	@$(BIN)/python -m pytest -q
+
+# Without the tests that start a vLLM engine.
+test-fast: setup
+	@$(BIN)/python -m pytest -q -m "not engine"
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup
+	@$(BIN)/python benchmarks/score_throughput.py
+
+# Resolves the pins again. Needs the network and takes whatever is newest within pyproject's bounds.
+lock: setup
+	@$(PIP) install --quiet uv==0.13.*
+	@$(PIP) download --quiet --no-deps --dest .venv/wheels $(TORCH) || \
+		$(PIP) download --quiet --no-deps --dest .venv/wheels --index-url $(TORCH_INDEX) $(TORCH)
+	@$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --find-links .venv/wheels \
+		--no-emit-package torch --no-emit-package demur --no-emit-package demur-server \
+		--no-header --no-annotate --quiet --output-file requirements/cpu.txt
+
+openapi: setup
+	@$(BIN)/python -m server.openapi > docs/openapi.json
+
+clean:
+	rm -rf .venv build *.egg-info clients/*.egg-info
