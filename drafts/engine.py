@@ -11,6 +11,7 @@ calls may run side by side.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import uuid
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from drafts import channel
 from drafts.errors import EngineNotReady, ManifestError, WeightsError
 from drafts.gate import Gate
-from drafts.manifest import Ensemble, load_ensemble
+from drafts.manifest import Ensemble, Member, ResidualDraft, load_ensemble
 from drafts.scores import TokenScores
 from drafts.weights import check_shapes
 
@@ -71,7 +72,7 @@ class Engine:
         ensemble = await asyncio.to_thread(load_ensemble, config.ensemble)
         for member in ensemble.members:
             await asyncio.to_thread(check_shapes, member)
-        _set_environment()
+        set_environment()
         llm = await asyncio.to_thread(_build, ensemble, config)
         engine = cls(llm, ensemble, config.max_model_len)
         # The first request compiles vLLM's small kernels; nobody should wait for that.
@@ -150,6 +151,9 @@ class Engine:
         if llm is not None:
             # Not in a thread: vLLM's output task would run meanwhile and report a dead engine.
             llm.shutdown()
+            # It is part of reference cycles, and freed at interpreter exit it prints a traceback.
+            del llm
+            gc.collect()
 
     def _checked(self, token_ids: Sequence[int], response_start: int) -> list[int]:
         ids = [int(token) for token in token_ids]
@@ -234,7 +238,7 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
         raise EngineNotReady(f"vLLM did not start: {error}") from error
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """What vLLM reads from the environment; what the user has set stays."""
     cores = len(os.sched_getaffinity(0))
     defaults = {
@@ -267,3 +271,19 @@ def _check_same_shape(old: Ensemble, new: Ensemble) -> None:
             raise ManifestError(
                 f"a swap cannot change the drafts' {attribute}: {want} serve, {have} were given"
             )
+    for before, after in zip(old.members, new.members, strict=True):
+        if _shape(before) != _shape(after):
+            raise ManifestError(
+                f"a swap changes weights only, and the config.json of draft "
+                f"'{after.draft.name}' differs from the one that serves"
+            )
+    if list(old.students()) != list(new.students()):
+        raise ManifestError("a swap cannot change which residual drafts share a checkpoint")
+
+
+def _shape(member: Member) -> object:
+    if isinstance(member.draft, ResidualDraft):
+        return member.config
+    # What a checkpoint was called and who saved it is no part of its shape.
+    names = {"_name_or_path", "transformers_version", "dtype"}
+    return {key: value for key, value in member.config.to_dict().items() if key not in names}

@@ -11,8 +11,8 @@ model runner (`VLLM_USE_V2_MODEL_RUNNER=0`) and relies on:
   rows it wants scored, and with `logprobs_mode="raw_logits"` returns raw top-k values of its
   result, prompt rows through `_get_prompt_logprobs_dict`, sampled rows through `Sampler`.
 - `LogitsProcessor.update_state` (with `process_dict_updates`), called with each change of the
-  persistent batch before the forward pass; `ForwardContext.attn_metadata[layer].query_start_loc`, which says where in the
-  step's rows each request of that batch begins.
+  persistent batch before the forward pass; `ForwardContext.attn_metadata[layer].query_start_loc`,
+  which says where in the step's rows each request of that batch begins.
 - `model_loader.reload.{initialize,finalize}_layerwise_reload`: reloads the weights of a module in
   place and redoes what loading did to them (on a CPU, packing for oneDNN), but for a tied head,
   whose `quant_method.process_weights_after_loading` has to be called.

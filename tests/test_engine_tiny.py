@@ -190,6 +190,18 @@ def _other_kinds(path: Path) -> None:
     edit_manifest(path, drafts=drafts[:-1])
 
 
+def _other_depth(path: Path) -> None:
+    file = path / "exit_b/config.json"
+    file.write_text(file.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+
+
+def _other_student(path: Path) -> None:
+    shutil.copytree(path / "student", path / "another")
+    drafts = load_ensemble(path).manifest.model_dump()["drafts"]
+    drafts[-1]["source"] = "another"
+    edit_manifest(path, drafts=drafts)
+
+
 def _other_target(path: Path) -> None:
     shutil.copytree(path.parent / "target-llama", path / "target", dirs_exist_ok=True)
     edit_manifest(path, target={"source": "target"})
@@ -206,6 +218,8 @@ def _other_target(path: Path) -> None:
         (_missing_tensor, WeightsError, "exit_a.*missing.*model.norm.weight"),
         (_extra_tensor, WeightsError, "exit_a.*unknown.*layers.7"),
         (_other_kinds, ManifestError, "cannot change the drafts' name"),
+        (_other_depth, ManifestError, "config.json of draft 'exit_b' differs"),
+        (_other_student, ManifestError, "share a checkpoint"),
         (_other_target, ManifestError, "changes drafts only"),
     ],
 )

