@@ -145,6 +145,12 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "")
+        if error.body and "json" not in kind:
+            # Clients that forget the header would else be told that their object is none.
+            return BadRequest(
+                "send JSON, with the header Content-Type: application/json", code="not_json"
+            ).response()
         return from_validation(error).response()
 
     @app.exception_handler(HTTPException)

@@ -20,6 +20,7 @@ from server.errors import BodyTooLarge
 logger = logging.getLogger(__name__)
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
+_PROBES = {"/health", "/ready", "/metrics"}
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -70,4 +71,6 @@ class RequestContext:
             seconds = time.perf_counter() - started
             metrics.REQUESTS.labels(route, status).inc()
             metrics.REQUEST_SECONDS.labels(route).observe(seconds)
-            logger.info("%s %s %d %.3fs", scope["method"], route, status, seconds)
+            # Probes come every few seconds and would bury the rest.
+            level = logging.DEBUG if route in _PROBES else logging.INFO
+            logger.log(level, "%s %s %d %.3fs", scope["method"], route, status, seconds)

@@ -128,6 +128,13 @@ async def test_bad_bodies(service: Service, content: bytes, code: str | None) ->
     assert (await service.score(**GOOD)).status_code == 200
 
 
+async def test_a_body_without_its_type_is_explained(service: Service) -> None:
+    response = await service.client.post("/v1/score", content=json.dumps(GOOD).encode())
+    error = error_of(response, 400)
+    assert error["code"] == "not_json"
+    assert "Content-Type: application/json" in error["message"]
+
+
 async def test_a_bad_item_of_a_list_fails_alone(service: Service) -> None:
     items: list[Any] = [{"prompt": "a", "response": f"answer {i}"} for i in range(1000)]
     items[500] = {"prompt": "a", "response": "b", "seed": 7}

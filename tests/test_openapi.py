@@ -1,0 +1,69 @@
+"""The checked-in OpenAPI document is the app's, and the app keeps to it whatever it is sent."""
+
+import json
+from pathlib import Path
+
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.checks import CHECKS, load_all_checks
+from starlette.testclient import TestClient
+
+from drafts.text import TextEncoder
+from server.app import create_app
+from server.openapi import document
+from server.settings import Settings
+from tests.fake_engine import FakeEngine
+
+CHECKED_IN = Path(__file__).parents[1] / "docs/openapi.json"
+
+
+def test_the_document_is_up_to_date() -> None:
+    assert json.loads(CHECKED_IN.read_text()) == document(), "run `make openapi`"
+
+
+def test_every_error_has_the_contracts_shape() -> None:
+    for path, operations in document()["paths"].items():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                if status.startswith(("4", "5")):
+                    schema = response["content"]["application/json"]["schema"]
+                    assert schema["$ref"].endswith("/ErrorResponse"), (path, status)
+
+
+def test_anything_gets_a_documented_answer(encoder: TextEncoder) -> None:
+    """Schemathesis: generated bodies, valid and not, against every route of the document."""
+
+    async def start(_: Settings) -> tuple[str, FakeEngine, TextEncoder]:
+        return "tiny", FakeEngine(), encoder
+
+    app = create_app(Settings(ensemble=Path("unused"), api_keys=["key"]), start)
+    # What is good and bad data is tested elsewhere: the document cannot say all that a text must
+    # be, and a bad item of a list is answered in the list. 405 is the framework's.
+    load_all_checks()
+    excluded = CHECKS.get_by_names(
+        ["positive_data_acceptance", "negative_data_rejection", "unsupported_method"]
+    )
+    with TestClient(app) as client:
+        while client.get("/ready").status_code != 200:
+            pass
+        schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+        tried = []
+        for result in schema.get_all_operations():
+            operation = result.ok()
+            for mode in schemathesis.GenerationMode:
+
+                @given(case=operation.as_strategy(generation_mode=mode))
+                @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+                def run(case: schemathesis.Case) -> None:
+                    case.call_and_validate(
+                        excluded_checks=excluded, headers={"Authorization": "Bearer key"}
+                    )
+
+                try:
+                    run()
+                except Unsatisfiable:
+                    continue  # a route without input has no invalid input
+                tried.append((operation.path, mode.value))
+    assert ("/v1/score", "positive") in tried
+    assert ("/v1/score", "negative") in tried

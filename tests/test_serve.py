@@ -1,0 +1,175 @@
+"""`demur serve` as a process with a real engine: bad input, hang-ups, and a clean stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.test_http import BAD, RAW
+from tests.tiny import mixed_ensemble
+
+pytestmark = pytest.mark.engine
+GOOD = {"prompt": "The capital of Japan is", "response": " Tokyo."}
+
+
+def demur(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("demur")), *arguments]
+
+
+@dataclass
+class Running:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = mixed_ensemble(tmp_path_factory.mktemp("serve") / "ensemble")
+    log = folder.parent / "log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "DEMUR_ENSEMBLE": str(folder),
+        "DEMUR_DTYPE": "float32",
+        "DEMUR_MAX_MODEL_LEN": "256",
+        "DEMUR_KV_CACHE_GIB": "0.05",
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            demur("serve", "--port", str(port)), env=environment, stdout=out, stderr=out
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        answered = False
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                answer = httpx.get(f"{url}/ready")
+            except httpx.TransportError:
+                time.sleep(0.2)
+                continue
+            if answer.status_code == 200:
+                break
+            # It answers while the engine starts.
+            answered = True
+            assert answer.json()["error"]["code"] == "not_ready"
+            assert httpx.get(f"{url}/health").status_code == 200
+            time.sleep(0.2)
+        assert answered
+        yield Running(url, process, log)
+    finally:
+        process.kill()
+
+
+def test_bad_input_is_answered_and_the_engine_lives(running: Running) -> None:
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=running.url, timeout=60, headers=headers) as client:
+        before = client.post("/v1/score", json=GOOD).json()
+        for name, body, status, _ in BAD:
+            answer = client.post("/v1/score", json=body)
+            if name == "too long":  # for the fake; this model takes it
+                continue
+            assert answer.status_code == status, (name, answer.text)
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, name
+        for name, content, _ in RAW:
+            answer = client.post("/v1/score", content=content)
+            assert answer.status_code == 400, (name, answer.text)
+        answer = client.post("/v1/score", content=b" " * 10_000_000)
+        assert answer.status_code == 413
+        answer = client.post("/v1/score", json=GOOD | {"response": "word " * 999})
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        items = [{"prompt": "a", "response": f"b{i}"} for i in range(1000)]
+        items[13] = {"prompt": "a", "response": "b", "seed": "7"}
+        data = client.post("/v1/score", json=items).json()["data"]
+        assert [item["index"] for item in data if item["error"]] == [13]
+        after = client.post("/v1/score", json=GOOD).json()
+        assert before["tokens"] == after["tokens"]
+        assert client.get("/ready").status_code == 200
+        assert "vllm:" in client.get("/metrics").text
+
+
+async def test_clients_that_hang_up_free_their_places(running: Running) -> None:
+    async with httpx.AsyncClient(base_url=running.url) as client:
+        items = [{"prompt": "a " * 50, "response": "b " * 50}] * 500
+        for _ in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post("/v1/score", json=items, timeout=0.3)
+        for _ in range(50):
+            metrics = (await client.get("/metrics")).text
+            pending = next(
+                line for line in metrics.splitlines() if line.startswith("demur_pending_items ")
+            )
+            if pending == "demur_pending_items 0.0":
+                break
+            await asyncio.sleep(0.1)
+        assert pending == "demur_pending_items 0.0"
+        assert (await client.post("/v1/score", json=GOOD, timeout=30)).status_code == 200
+
+
+def test_the_command_line_scores(running: Running) -> None:
+    environment = os.environ | {"DEMUR_BASE_URL": running.url}
+    command = demur("score", GOOD["response"], "--prompt", GOOD["prompt"], "--json")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert json.loads(done.stdout)["estimator"]["drafts"] == 6, done.stderr
+    refused = subprocess.run(
+        demur("score", "x"), env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "messages or prompt is missing" in refused.stderr
+
+
+def test_zz_stop_is_clean_and_loses_nothing(running: Running) -> None:
+    """Last of this file: a request under way is answered, then every process is gone."""
+    children = psutil.Process(running.process.pid).children(recursive=True)
+    assert children, "the engine runs in processes of its own"
+    items = [{"prompt": "a " * 20, "response": "b " * 20}] * 100
+    sender = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, json, httpx;"
+            "r = httpx.post(sys.argv[1], json=json.loads(sys.argv[2]), timeout=60);"
+            "print(sum(1 for item in r.json()['data'] if item['score']))",
+            f"{running.url}/v1/score",
+            json.dumps(items),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 30
+    while "demur_pending_items 100.0" not in httpx.get(f"{running.url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.process.send_signal(signal.SIGTERM)
+    assert sender.communicate(timeout=60)[0].strip() == b"100"
+    # uvicorn ends itself by the signal it was sent, once everything has been stopped in order.
+    assert running.process.wait(timeout=60) == -signal.SIGTERM, running.log.read_text()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_serve_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
+    done = subprocess.run(
+        demur("serve", "--ensemble", str(tmp_path)), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "demur init" in done.stderr
+    assert "Traceback" not in done.stderr
