@@ -207,9 +207,7 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    limit = int(ensemble.target_config.max_position_embeddings)
-    if config.max_model_len > limit:
-        raise ManifestError(f"max_model_len {config.max_model_len} is over the target's {limit}")
+    _check_length(ensemble, config.max_model_len)
     kv_cache = None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30)
     arguments = AsyncEngineArgs(
         model=str(ensemble.target_path),
@@ -236,6 +234,19 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
         return AsyncLLM.from_engine_args(arguments)
     except Exception as error:
         raise EngineNotReady(f"vLLM did not start: {error}") from error
+
+
+def _check_length(ensemble: Ensemble, max_model_len: int) -> None:
+    limits = {"the target": ensemble.target_config.max_position_embeddings}
+    for member in ensemble.members:
+        if not isinstance(member.draft, ResidualDraft):
+            limits[f"draft '{member.draft.name}'"] = member.config.max_position_embeddings
+    shortest = min(limits, key=lambda name: int(limits[name]))
+    if max_model_len > limits[shortest]:
+        raise ManifestError(
+            f"max_model_len is {max_model_len} and {shortest} takes at most {limits[shortest]} "
+            "tokens; set it to that or less"
+        )
 
 
 def set_environment() -> None:

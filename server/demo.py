@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,11 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 import typer
 from demur import Client
 from demur.heatmap import render
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.markup import escape
 
@@ -41,11 +43,15 @@ _EXAMPLES = [
         "4 shirts cost 4 * 15 = 80 dollars. She gets 100 - 80 = 95 dollars.",
     ),
 ]
+# Rich's own, without the fonts that it would fetch from elsewhere.
+_SVG = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 
-def demo() -> None:
+def demo(
+    svg: Annotated[Path | None, typer.Option(help="also save what is printed as an SVG")] = None,
+) -> None:
     """Score a right and a wrong answer to two questions with the default model."""
-    console = Console()
+    console = Console(record=svg is not None)
     try:
         init_default(default_folder(), lambda line: console.print(line, style="dim"))
     except DraftsError as error:
@@ -75,6 +81,8 @@ def demo() -> None:
                 "numbers are exact, what they say about right and wrong is not to be trusted.",
                 style="dim",
             )
+    if svg is not None:
+        console.save_svg(str(svg), title="make demo", code_format=_SVG)
     console.print("The service has stopped. `make serve` starts one that stays.", style="dim")
 
 

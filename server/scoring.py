@@ -7,6 +7,7 @@ tokenize → engine (target and drafts, one pass) → measures per token → spa
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from drafts.aggregate import aggregate
 from drafts.errors import EngineNotReady, NonFiniteError
 from drafts.scores import ScoringEngine, TokenScores
-from drafts.spans import find_spans
+from drafts.spans import Span, find_spans
 from drafts.text import EncodedText, TextEncoder, TextError
 from server import metrics, schemas
 from server.errors import (
@@ -29,6 +30,8 @@ from server.errors import (
     from_validation,
 )
 from server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class Scorer:
@@ -64,16 +67,12 @@ class Scorer:
         text = await asyncio.to_thread(self._encode, request)
         self._check_length(text)
         scores = await self._measure(text)
-        spans = find_spans(
-            request.response, [(token.start, token.end) for token in text.tokens], scores.epistemic
-        )
+        offsets = [(token.start, token.end) for token in text.tokens]
+        spans = find_spans(request.response, offsets, scores.epistemic)
         sequence = aggregate(scores)
         # A calibrator turns the sequence into a probability; without one there is none to give.
         hallucination_score = None
-        metrics.TOKENS.labels("prompt").inc(text.response_start)
-        metrics.TOKENS.labels("response").inc(len(scores))
-        metrics.EPISTEMIC.observe(sequence["epistemic_mean"])
-        metrics.JSD.observe(sequence["jsd_mean"])
+        _observe(text, scores, sequence)
         return schemas.ScoreResponse(
             id=f"score-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -86,16 +85,7 @@ class Scorer:
             threshold=request.threshold,
             sequence=sequence,
             tokens=_tokens(request.response, text, scores),
-            spans=[
-                schemas.SpanOut(
-                    start=span.start,
-                    end=span.end,
-                    text=request.response[span.start : span.end],
-                    epistemic_mean=span.epistemic_mean,
-                    epistemic_max=span.epistemic_max,
-                )
-                for span in spans
-            ],
+            spans=_spans(request.response, spans),
             usage=_usage(text.response_start, len(scores)),
         )
 
@@ -114,6 +104,9 @@ class Scorer:
                 metrics.ITEMS.labels(failure.code).inc()
             except ApiError as error:
                 failure = error
+            except Exception:  # one item's accident must not cost the others their scores
+                logger.exception("item %d failed", index)
+                failure = ApiError("internal error; the server's log has the details")
             return schemas.ScoreListItem(index=index, error=schemas.ErrorBody(**failure.body()))
 
         async with asyncio.TaskGroup() as group:
@@ -183,6 +176,26 @@ def _tokens(response: str, text: EncodedText, scores: TokenScores) -> list[schem
         )
         for i, token in enumerate(text.tokens)
     ]
+
+
+def _spans(response: str, spans: list[Span]) -> list[schemas.SpanOut]:
+    return [
+        schemas.SpanOut(
+            start=span.start,
+            end=span.end,
+            text=response[span.start : span.end],
+            epistemic_mean=span.epistemic_mean,
+            epistemic_max=span.epistemic_max,
+        )
+        for span in spans
+    ]
+
+
+def _observe(text: EncodedText, scores: TokenScores, sequence: dict[str, float | int]) -> None:
+    metrics.TOKENS.labels("prompt").inc(text.response_start)
+    metrics.TOKENS.labels("response").inc(len(scores))
+    metrics.EPISTEMIC.observe(sequence["epistemic_mean"])
+    metrics.JSD.observe(sequence["jsd_mean"])
 
 
 def _usage(prompt: int, completion: int) -> schemas.Usage:

@@ -46,14 +46,21 @@ class State:
     async def _bring_up(self, on_failure: Callable[[], None]) -> None:
         try:
             name, engine, encoder = await self._start(self.settings)
-        except (DraftsError, ValueError, OSError) as error:
-            self.failure = str(error)
-            logger.error("the engine did not start: %s", error)
-            on_failure()
+        except DraftsError as error:
+            self._fail(str(error), on_failure)
+            return
+        except Exception as error:  # whatever it was, nobody else would hear of it
+            self._fail(f"{type(error).__name__}: {error}", on_failure)
+            logger.exception("unexpected error while starting")
             return
         self.scorer = Scorer(name, engine, encoder, self.settings)
         metrics.READY.set(1)
         logger.info("ready: %s, %d drafts", name, engine.n_drafts)
+
+    def _fail(self, reason: str, on_failure: Callable[[], None]) -> None:
+        self.failure = f"the engine did not start: {reason}"
+        logger.error(self.failure)
+        on_failure()
 
     async def healthy(self) -> bool:
         """Starting counts as healthy; a failed start or a dead engine does not."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,9 +81,21 @@ async def test_all_kinds_of_draft(engine: Engine, folder: Path) -> None:
 async def test_another_architecture(tmp_path: Path) -> None:
     folder = mixed_ensemble(tmp_path / "qwen", architecture="qwen2")
     texts = some_texts(1)
+    others = set(psutil.Process().children(recursive=True))
     async with running(folder, **TINY) as engine:
         got = await asyncio.gather(*(engine.score(*text) for text in texts))
-    assert_close(got, expected(folder, texts))
+        assert_close(got, expected(folder, texts))
+        # An engine whose process dies says so, to those who wait as well.
+        waiting = asyncio.gather(*(engine.score(*text) for text in texts), return_exceptions=True)
+        await asyncio.sleep(0)
+        for process in set(psutil.Process().children(recursive=True)) - others:
+            process.kill()
+        results = await asyncio.wait_for(waiting, 60)
+        assert any(isinstance(result, EngineNotReady) for result in results)
+        with pytest.raises(EngineNotReady, match="restart"):
+            await engine.check_health()
+        with pytest.raises(EngineNotReady, match="restart"):
+            await engine.score(*texts[0])
 
 
 async def test_sampled_tokens_carry_measures_and_are_never_columns(

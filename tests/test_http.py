@@ -295,6 +295,8 @@ async def test_an_unexpected_error_hides_its_insides(
     monkeypatch.setattr("server.scoring.find_spans", explode)
     error = error_of(await service.score(**GOOD), 500)
     assert "secret" not in error["message"]
+    (item,) = (await service.client.post("/v1/score", json=[GOOD])).json()["data"]
+    assert item["error"]["code"] == "internal_error"
     monkeypatch.undo()
     assert (await service.score(**GOOD)).status_code == 200
 
