@@ -19,7 +19,7 @@ _SCALE = [
     ("#800026", "#ffffff"),
 ]
 
-_MOST_DOUBTFUL = 3
+_EXTREMES = 3
 _STATISTICS = (
     "epistemic_mean",
     "epistemic_max",
@@ -45,7 +45,10 @@ def render(score: Score, *, top: float | None = None, measure: str = "epistemic"
         level = 0 if top <= 0 else min(int(value / top * len(_SCALE)), len(_SCALE) - 1)
         background, foreground = _SCALE[level]
         text.append(token.token, style=f"{foreground} on {background}")
-    return Group(text, _legend(top, measure), _most_doubtful(score, values), _numbers(score))
+    logprobs = [token.logprob for token in score.tokens]
+    doubtful = _extremes("most doubtful", score, values, sign=-1)
+    unlikely = _extremes("least likely (logprob)", score, logprobs, sign=1)
+    return Group(text, _legend(top, measure), doubtful, unlikely, _numbers(score))
 
 
 def _legend(top: float, measure: str) -> Text:
@@ -55,11 +58,11 @@ def _legend(top: float, measure: str) -> Text:
     return legend
 
 
-def _most_doubtful(score: Score, values: list[float]) -> Text:
-    """In words, for terminals without colour."""
-    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:_MOST_DOUBTFUL]
+def _extremes(label: str, score: Score, values: list[float], *, sign: int) -> Text:
+    """In words, for terminals without colour: the lowest values, or with sign -1 the highest."""
+    order = sorted(range(len(values)), key=lambda i: sign * values[i])[:_EXTREMES]
     named = (f"{score.tokens[i].token!r} {values[i]:.2f}" for i in order)
-    return Text("most doubtful: " + ", ".join(named), style="dim")
+    return Text(f"{label}: " + ", ".join(named), style="dim")
 
 
 def _numbers(score: Score) -> Table:
