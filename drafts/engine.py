@@ -27,7 +27,10 @@ from drafts.errors import EngineNotReady, ManifestError, WeightsError
 from drafts.gate import Gate
 from drafts.manifest import Ensemble, Member, ResidualDraft, load_ensemble
 from drafts.scores import TokenScores
-from drafts.weights import check_shapes
+from drafts.weights import check_shapes, check_target
+
+_DEAD = "the engine has died; restart the service"
+_RESET_WITHIN_S = 30
 
 
 class EngineConfig(BaseModel):
@@ -36,17 +39,16 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ensemble: Path
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int = Field(default=4096, gt=1, description="tokens of prompt and response")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="of weights and activations"
+    )
+    max_model_len: int = Field(default=4096, ge=16, description="tokens of prompt and response")
     max_num_batched_tokens: int = Field(
         default=1024, gt=0, description="tokens a step; bounds the memory that logits take"
     )
     max_num_seqs: int = Field(default=64, gt=0, description="requests in one step")
-    kv_cache_gib: float | None = Field(
-        default=1.0, gt=0, description="KV cache; null leaves it to vLLM (GPU memory utilisation)"
-    )
-    enforce_eager: bool = Field(
-        default=True, description="no torch.compile and no CUDA graphs: starts in seconds"
+    kv_cache_gib: float = Field(
+        default=1.0, ge=0, description="KV cache of all members; 0 leaves the size to vLLM"
     )
 
 
@@ -57,6 +59,9 @@ class Engine:
         self._llm = llm
         self._ensemble = ensemble
         self._gate = Gate()
+        self._under_way: set[str] = set()
+        self._swapping: asyncio.Task[None] | None = None
+        self._broken: str | None = None
         self.n_drafts = len(ensemble.members)
         # vLLM samples one token after the text, which needs a place too.
         self.max_tokens = max_model_len - 1
@@ -70,13 +75,18 @@ class Engine:
             EngineNotReady: if vLLM does not come up.
         """
         ensemble = await asyncio.to_thread(load_ensemble, config.ensemble)
+        await asyncio.to_thread(check_target, ensemble)
         for member in ensemble.members:
             await asyncio.to_thread(check_shapes, member)
         set_environment()
         llm = await asyncio.to_thread(_build, ensemble, config)
         engine = cls(llm, ensemble, config.max_model_len)
-        # The first request compiles vLLM's small kernels; nobody should wait for that.
-        await engine.score([0, 0, 0, 0], 1)
+        try:
+            # The first request compiles vLLM's small kernels; nobody should wait for that.
+            await engine.score([0, 0, 0, 0], 1)
+        except BaseException:
+            await engine.shutdown()
+            raise
         return engine
 
     @property
@@ -100,6 +110,7 @@ class Engine:
             NonFiniteError: if the forward pass gave NaN or infinity.
             EngineNotReady: if the engine is dead.
         """
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         await self.check_health()
@@ -107,16 +118,20 @@ class Engine:
         params = self._sampling_params(response_start)
         # Cancelling this coroutine closes the generator, which aborts the request in vLLM.
         async with self._gate.shared():
+            await self.check_health()  # while it waited at the gate, much can have happened
             version = self.weights_version
+            request_id = uuid.uuid4().hex
+            self._under_way.add(request_id)
             final = None
             try:
-                async for output in self._llm.generate(
-                    {"prompt_token_ids": ids}, params, request_id=uuid.uuid4().hex
-                ):
+                async for output in self._llm.generate(tokens_input(ids), params, request_id):
                     final = output
             except EngineDeadError as error:
-                raise EngineNotReady("the engine has died; restart the service") from error
-        assert final is not None, "vLLM ended a request without an output"
+                raise EngineNotReady(_DEAD) from error
+            finally:
+                self._under_way.discard(request_id)
+        if final is None or final.outputs[0].finish_reason == "abort":
+            raise EngineNotReady("the engine is stopping")
         return self._read(final.prompt_logprobs, len(ids), response_start, version)
 
     async def swap(self, folder: Path) -> None:
@@ -125,30 +140,59 @@ class Engine:
         Requests under way end with the weights they began with; later ones wait for the swap. So
         no answer, and no draft's KV cache, ever mixes two versions.
 
+        Cancelling the caller does not stop a swap that has begun.
+
         Raises:
             ManifestError, WeightsError: if they cannot be used; the old weights serve on.
+            EngineNotReady: if the swap failed half-way; the engine scores nothing any more.
         """
         ensemble = await asyncio.to_thread(load_ensemble, folder)
         _check_same_shape(self._ensemble, ensemble)
         for member in ensemble.members:
             await asyncio.to_thread(check_shapes, member)
+        # In a task of its own: cancelled between the worker's swap and the bookkeeping here, it
+        # would leave answers that name a version they were not measured with.
+        self._swapping = asyncio.create_task(self._swap(ensemble))
+        await asyncio.shield(self._swapping)
+
+    async def _swap(self, ensemble: Ensemble) -> None:
         async with self._gate.alone():
-            problems = await self._llm.collective_rpc("swap_drafts", args=(str(ensemble.folder),))
-            if any(problems):
-                raise WeightsError(next(problem for problem in problems if problem))
-            # The prefix cache holds keys and values that the old drafts made.
-            await self._llm.reset_prefix_cache()
+            await self.check_health()
+            try:
+                problems = await self._llm.collective_rpc(
+                    "swap_drafts", args=(str(ensemble.folder),)
+                )
+                if any(problems):
+                    raise WeightsError(next(problem for problem in problems if problem))
+                await self._forget_prefixes()
+            except WeightsError:
+                raise
+            except Exception as error:
+                self._broken = f"a swap of weights failed half-way ({error}); restart the service"
+                raise EngineNotReady(self._broken) from error
             self._ensemble = ensemble
+
+    async def _forget_prefixes(self) -> None:
+        """Empty the prefix cache: it holds keys and values that the old drafts made."""
+        async with asyncio.timeout(_RESET_WITHIN_S):
+            # False while blocks of a request that was cancelled a moment ago are still held.
+            while not await self._llm.reset_prefix_cache():  # noqa: ASYNC110 - vLLM has no event
+                await asyncio.sleep(0.01)
 
     async def check_health(self) -> None:
         """Raise `EngineNotReady` if the engine is dead or has been shut down."""
-        if self._llm is None or self._llm.errored:
-            raise EngineNotReady("the engine has died; restart the service")
+        if self._broken is not None:
+            raise EngineNotReady(self._broken)
+        if self._llm is None:
+            raise EngineNotReady("the engine has been stopped")
+        if self._llm.errored:
+            raise EngineNotReady(_DEAD)
 
     async def shutdown(self) -> None:
         """Stop the engine's processes. Requests under way fail with `EngineNotReady`."""
         llm, self._llm = self._llm, None
         if llm is not None:
+            await llm.abort(list(self._under_way))
             # Not in a thread: vLLM's output task would run meanwhile and report a dead engine.
             llm.shutdown()
             # It is part of reference cycles, and freed at interpreter exit it prints a traceback.
@@ -208,7 +252,7 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     _check_length(ensemble, config.max_model_len)
-    kv_cache = None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30)
+    kv_cache = int(config.kv_cache_gib * 2**30) or None
     arguments = AsyncEngineArgs(
         model=str(ensemble.target_path),
         served_model_name=[ensemble.manifest.name],
@@ -222,7 +266,8 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         kv_cache_memory_bytes=kv_cache,
-        enforce_eager=config.enforce_eager,
+        # No torch.compile, no CUDA graphs: a graph would freeze which rows are wanted.
+        enforce_eager=True,
         logprobs_mode="raw_logits",
         max_logprobs=channel.M + 20,
         logits_processors=["drafts.vllm_model:MaskMetricColumns"],
@@ -251,9 +296,10 @@ def _check_length(ensemble: Ensemble, max_model_len: int) -> None:
 
 def set_environment() -> None:
     """What vLLM reads from the environment; what the user has set stays."""
+    # Not a matter of choice: `drafts.vllm_model` is written for the V1 runner.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     cores = len(os.sched_getaffinity(0))
     defaults = {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
         # Left alone, vLLM's CPU worker keeps a core for its front end.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(cores),

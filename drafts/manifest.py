@@ -61,7 +61,7 @@ class ExitDraft(_Draft):
     """Own layers on the target's hidden state after `layer` layers; shares its LM head."""
 
     kind: Literal["exit"]
-    layer: int = Field(ge=0)
+    layer: int = Field(ge=1)
 
 
 class ResidualDraft(_Draft):
@@ -169,6 +169,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     manifest = read_manifest(folder)
     target_path = _resolve(folder, manifest.target)
     target_config = _transformers_config(target_path)
+    _refuse_quantised("the target", target_config)
     members = []
     for draft in manifest.drafts:
         path = _resolve(folder, draft)
@@ -177,6 +178,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
             if isinstance(draft, ResidualDraft)
             else _transformers_config(path)
         )
+        _refuse_quantised(f"draft '{draft.name}'", config)
         _check_member(draft, path, config, target_path, target_config)
         members.append(Member(draft, path, config))
     return Ensemble(folder, manifest, target_path, target_config, tuple(members))
@@ -211,6 +213,14 @@ def _transformers_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ManifestError(f"{path}: no usable config.json ({error})") from error
+
+
+def _refuse_quantised(who: str, config: Any) -> None:
+    # vLLM would build every member by the target's quantisation.
+    if getattr(config, "quantization_config", None):
+        raise ManifestError(
+            f"{who} is quantised, which ensembles do not support; use plain weights"
+        )
 
 
 def _architecture(config: Any) -> str:
@@ -250,7 +260,7 @@ def _check_member(
         if layer >= target.num_hidden_layers:
             raise ManifestError(
                 f"draft '{draft.name}' reads the hidden state after layer {layer}, but the target "
-                f"has {target.num_hidden_layers} layers (0 to {target.num_hidden_layers - 1})"
+                f"has {target.num_hidden_layers} layers (1 to {target.num_hidden_layers - 1})"
             )
 
 

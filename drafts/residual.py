@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,9 @@ class ResidualConfig(BaseModel):
 
     kind: Literal["residual"] = "residual"
     hidden_size: int = Field(gt=0)
-    taps: list[int] = Field(default=[], description="hidden states read beside the final one")
+    taps: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[], description="layers after which hidden states are read, beside the final one"
+    )
     rank: int = Field(gt=0, description="r, directions in which h moves")
     factors: int = Field(gt=0, description="q, dimension of z")
     width: int = Field(gt=0, description="hidden units of the head")

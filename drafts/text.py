@@ -22,6 +22,13 @@ class TextError(ValueError):
     """A text that cannot be rendered or cut into tokens; the message is for its author."""
 
 
+class TooManyTokens(TextError):
+    """A text that is longer than the model takes."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(f"{what} are over the {limit} that this model takes")
+
+
 @dataclass(frozen=True)
 class ResponseToken:
     """A token of the response; `start` and `end` are characters of the response."""
@@ -76,26 +83,34 @@ class TextEncoder:
             raise TextError(f"this target has no chat template; send a prompt ({error})") from error
         return str(rendered)
 
-    def encode(self, prompt: str, response: str, *, rendered: bool) -> EncodedText:
+    def encode(
+        self, prompt: str, response: str, *, rendered: bool, max_tokens: int | None = None
+    ) -> EncodedText:
         """Tokens of a prompt and a response.
 
         Args:
             rendered: the prompt came from `render`, which writes the special tokens itself.
+            max_tokens: of both together.
 
         Raises:
             TextError: if either has no tokens.
+            TooManyTokens: if there are more than `max_tokens`.
         """
-        prompt_ids = self._ids(prompt, special=not rendered) or self._beginning()
-        joint = self._backend.encode(prompt + response, add_special_tokens=not rendered)
+        prompt_ids = list(self._encoding(prompt, special=not rendered).ids) or self._beginning()
+        if max_tokens is not None and len(prompt_ids) >= max_tokens:
+            raise TooManyTokens(f"the prompt's {len(prompt_ids)} tokens", max_tokens)
+        joint = self._encoding(prompt + response, special=not rendered)
         start = len(prompt_ids)
         if joint.ids[:start] == prompt_ids and joint.offsets[start - 1][1] <= len(prompt):
             ids, names = joint.ids[start:], joint.tokens[start:]
             ends = [end - len(prompt) for _, end in joint.offsets[start:]]
         else:
-            alone = self._backend.encode(response, add_special_tokens=False)
+            alone = self._encoding(response, special=False)
             ids, names, ends = alone.ids, alone.tokens, [end for _, end in alone.offsets]
         if not ids:
             raise TextError("the response has no tokens")
+        if max_tokens is not None and start + len(ids) > max_tokens:
+            raise TooManyTokens(f"{start} prompt and {len(ids)} response tokens", max_tokens)
         raw = [self._raw(name) for name in names]
         if b"".join(piece or b"" for piece in raw) == response.encode() and None not in raw:
             spans = _spans_of_bytes(response, [piece or b"" for piece in raw])
@@ -107,8 +122,9 @@ class TextEncoder:
         ]
         return EncodedText([*prompt_ids, *ids], start, tokens)
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=special).ids)
+    def _encoding(self, text: str, *, special: bool) -> Any:
+        # A batch of one: unlike `encode`, it lets other threads run meanwhile.
+        return self._backend.encode_batch([text], add_special_tokens=special)[0]
 
     def _beginning(self) -> list[int]:
         # An empty prompt: the first response token still needs something before it.

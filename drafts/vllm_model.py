@@ -40,7 +40,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from drafts import channel
 from drafts.divergence import block_rows, measure_block
-from drafts.errors import DraftsError, WeightsError
+from drafts.errors import DraftsError
 from drafts.manifest import Ensemble, ExitDraft, Member, ModelDraft, ResidualDraft, load_ensemble
 from drafts.residual import ResidualHead
 from drafts.weights import read_member
@@ -155,8 +155,11 @@ class EnsembleForCausalLM(nn.Module):
         parts = [h_Td]
         for member in self.ensemble.members:
             if isinstance(member.draft, ExitDraft):
+                # A copy: on a GPU the fused norm of the exit's first layer works in place, and
+                # the target's state is read by others too.
+                state = state_of[member.draft.layer].clone()
                 module = self.members[member.draft.name]
-                parts.append(module(None, positions, inputs_embeds=state_of[member.draft.layer]))
+                parts.append(module(None, positions, inputs_embeds=state))
             elif isinstance(member.draft, ModelDraft):
                 parts.append(self.members[member.draft.name](input_ids, positions))
         for student in self.students:
@@ -165,19 +168,25 @@ class EnsembleForCausalLM(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def compute_logits(self, rows_TX: Tensor) -> Tensor:
-        out_TW = torch.empty(rows_TX.shape[0], self.vocab_size + channel.M, device=rows_TX.device)
+        shape = (rows_TX.shape[0], self.vocab_size + channel.M)
+        out_TW = torch.empty(shape, dtype=torch.float32, device=rows_TX.device)
         for start in range(0, rows_TX.shape[0], _LOGIT_ROWS):
             block = slice(start, start + _LOGIT_ROWS)
             self._logits_block(rows_TX[block], out_TW[block])
         return out_TW
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the target from vLLM's iterator and each draft from its own folder."""
-        self.target.load_weights(weights)
+        """Load the target from vLLM's iterator and each draft from its own folder.
+
+        Returns:
+            The names of the parameters that were loaded; vLLM refuses to start if any is missing.
+        """
+        loaded = {f"target.{name}" for name in self.target.load_weights(weights)}
         for module, tensors in self._read(self.ensemble):
             module.load_weights(tensors.items())
-        # Each loader checked its own: a draft's files hold exactly what its config asks for.
-        return {name for name, _ in self.named_parameters()}
+        # `read_member` has seen to it that a draft's files hold all that its config asks for.
+        drafts = ("members.", "students.")
+        return loaded | {name for name, _ in self.named_parameters() if name.startswith(drafts)}
 
     # Logits and measures.
 
@@ -198,7 +207,7 @@ class EnsembleForCausalLM(nn.Module):
         if wanted.numel() == 0:
             return
         draft_logits = self._draft_logits(h_Bd[wanted], [state[wanted] for state in states])
-        values_MB = torch.empty(channel.M, wanted.numel(), device=out_BW.device)
+        values_MB = out_BW.new_empty(channel.M, wanted.numel())
         size = block_rows(len(draft_logits) * self.vocab_size, out_BW.device)
         for start in range(0, wanted.numel(), size):
             part = slice(start, start + size)
@@ -242,15 +251,10 @@ class EnsembleForCausalLM(nn.Module):
         """Put another version of the drafts' weights in place of the present one.
 
         Raises:
-            WeightsError: if the new files cannot be used; the old weights serve on.
+            WeightsError: if the new files cannot be used; the old weights serve on. Any other
+                exception means that the weights are in an unknown state.
         """
-        new = self._read(ensemble)
-        old = self._read(self.ensemble)
-        try:
-            _replace(new, model_config)
-        except Exception as error:
-            _replace(old, model_config)
-            raise WeightsError(f"loading the new weights failed: {error}") from error
+        _replace(self._read(ensemble), model_config)
         self.ensemble = ensemble
 
 
@@ -262,11 +266,10 @@ def _replace(pairs: list[tuple[Any, dict[str, Tensor]]], model_config: ModelConf
         initialize_layerwise_reload(module)
         module.load_weights(weights.items())
         finalize_layerwise_reload(module, model_config)
-        if isinstance(module.lm_head, VocabParallelEmbedding) and (
-            module.config.tie_word_embeddings
-        ):
+        head = getattr(module, "lm_head", None)
+        if isinstance(head, VocabParallelEmbedding) and module.config.tie_word_embeddings:
             # A tied head was not loaded itself and would keep what was packed of its old weights.
-            module.lm_head.quant_method.process_weights_after_loading(module.lm_head)
+            head.quant_method.process_weights_after_loading(head)
 
 
 def _is_run(member: Member) -> bool:

@@ -1,4 +1,4 @@
-"""Read a draft's weights whole, and refuse what is broken, wrongly shaped or not finite.
+"""Read weights whole, and refuse what is broken, wrongly shaped or not finite.
 
 Everything is read and checked before anything is put to use, so that a bad file never leaves a
 draft half loaded.
@@ -7,16 +7,17 @@ draft half loaded.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from drafts.errors import WeightsError
-from drafts.manifest import ExitDraft, Member, ResidualDraft
+from drafts.manifest import Ensemble, ExitDraft, Member, ResidualDraft
 from drafts.residual import ResidualHead
 
 _INDEX_NAME = "model.safetensors.index.json"
@@ -30,79 +31,102 @@ def read_member(member: Member) -> dict[str, Tensor]:
     Raises:
         WeightsError: naming the draft and what is wrong with its files.
     """
-    check_shapes(member)
+    expected = check_shapes(member)
     weights: dict[str, Tensor] = {}
-    for file in _files(member):
+    for file in _files(member.path, _label(member)):
         weights.update(load_file(file))
+    # What no model reads is left out: vLLM's loaders stop at names that they do not know.
+    weights = {name: weights[name] for name in expected}
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(f"draft '{member.draft.name}': {name} holds NaN or infinity")
+            raise WeightsError(f"{_label(member)}: {name} holds NaN or infinity")
     return weights
 
 
-def check_shapes(member: Member) -> None:
+def check_shapes(member: Member) -> Shapes:
     """Compare the files' headers with what the draft's config asks for, reading no weights.
+
+    Returns:
+        The shapes asked for, by tensor name.
 
     Raises:
         WeightsError: naming the draft and the first tensor that is missing, extra or misshapen.
     """
-    expected = _expected_shapes(member)
-    found = _found_shapes(member)
-    label = f"draft '{member.draft.name}' ({member.path.name})"
+    if isinstance(member.draft, ResidualDraft):
+        with torch.device("meta"):
+            expected = _shapes(ResidualHead(member.config))
+    else:
+        # An exit uses the target's embedding and head in place of its own.
+        shared = ("lm_head", "embed_tokens") if isinstance(member.draft, ExitDraft) else ()
+        expected = _causal_lm_shapes(member.config, shared)
+    # A hub checkpoint of kind `model` may carry what no model reads (rotary tables, a tied head).
+    own = isinstance(member.draft, ExitDraft | ResidualDraft)
+    _compare(member.path, _label(member), expected, extras_allowed=not own)
+    return expected
+
+
+def check_target(ensemble: Ensemble) -> None:
+    """The same for the target, since vLLM misses half of a tensor that it fuses with another.
+
+    Raises:
+        WeightsError: naming the first tensor that is missing or misshapen.
+    """
+    expected = _causal_lm_shapes(ensemble.target_config)
+    _compare(ensemble.target_path, "the target", expected, extras_allowed=True)
+
+
+def _compare(path: Path, label: str, expected: Shapes, *, extras_allowed: bool) -> None:
+    found = _found_shapes(path, label)
     if missing := sorted(expected.keys() - found.keys()):
         raise WeightsError(f"{label}: {len(missing)} tensors are missing, {missing[0]} among them")
-    # A hub checkpoint of kind `model` may carry what no model reads (rotary tables, a tied head).
     extra = sorted(found.keys() - expected.keys())
-    if extra and isinstance(member.draft, ExitDraft | ResidualDraft):
+    if extra and not extras_allowed:
         raise WeightsError(f"{label}: {len(extra)} tensors are unknown, {extra[0]} among them")
     for name, shape in expected.items():
         if found[name] != shape:
             raise WeightsError(f"{label}: {name} has shape {found[name]}, expected {shape}")
 
 
-def _expected_shapes(member: Member) -> Shapes:
-    with torch.device("meta"):
-        module = (
-            ResidualHead(member.config)
-            if isinstance(member.draft, ResidualDraft)
-            else _causal_lm(member.config)
-        )
-    shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    if isinstance(member.draft, ResidualDraft):
-        return shapes
-    shared = {"lm_head.weight"} if member.config.tie_word_embeddings else set()
-    if isinstance(member.draft, ExitDraft):
-        # The target's own are used in their place.
-        shared = {"lm_head.weight", f"{module.base_model_prefix}.embed_tokens.weight"}
-    return {name: shape for name, shape in shapes.items() if name not in shared}
+def _label(member: Member) -> str:
+    return f"draft '{member.draft.name}' ({member.path.name})"
 
 
-def _causal_lm(config: Any) -> Any:
+def _causal_lm_shapes(config: Any, shared: Sequence[str] = ()) -> Shapes:
+    """What a checkpoint must hold, without the modules named in `shared`."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config)
+    if config.tie_word_embeddings:
+        shared = [*shared, "lm_head"]
+    with torch.device("meta"):
+        shapes = _shapes(AutoModelForCausalLM.from_config(config))
+    return {name: shape for name, shape in shapes.items() if name.split(".")[-2] not in shared}
 
 
-def _found_shapes(member: Member) -> Shapes:
+def _shapes(module: nn.Module) -> Shapes:
+    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _found_shapes(path: Path, label: str) -> Shapes:
     shapes: Shapes = {}
-    for file in _files(member):
+    for file in _files(path, label):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                     shapes[name] = list(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"draft '{member.draft.name}': {file.name} cannot be read ({error})"
-            ) from error
+            raise WeightsError(f"{label}: {file.name} cannot be read ({error})") from error
     return shapes
 
 
-def _files(member: Member) -> list[Path]:
-    index = member.path / _INDEX_NAME
+def _files(path: Path, label: str) -> list[Path]:
+    index = path / _INDEX_NAME
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [member.path / name for name in sorted(names)]
-    single = member.path / "model.safetensors"
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WeightsError(f"{label}: {index.name} cannot be read ({error})") from error
+        return [path / name for name in sorted(names)]
+    single = path / "model.safetensors"
     if not single.exists():
-        raise WeightsError(f"draft '{member.draft.name}': {member.path} has no model.safetensors")
+        raise WeightsError(f"{label}: {path} has no model.safetensors")
     return [single]

@@ -30,7 +30,6 @@ def serve(
 ) -> None:
     """Start the service. Settings: DEMUR_* variables and demur.toml (docs/operations.md)."""
     import uvicorn
-    from pydantic import ValidationError
 
     from drafts.manifest import read_manifest
     from server.app import create_app
@@ -41,7 +40,7 @@ def serve(
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
         read_manifest(settings.ensemble.expanduser())
-    except (ValidationError, DraftsError) as error:
+    except (ValueError, DraftsError) as error:  # pydantic's, TOML's and ours
         _fail(error)
     configure_logging(settings.log_level)
     failed = False

@@ -18,7 +18,6 @@ from typing import IO, Annotated
 import typer
 from demur import Client
 from demur.heatmap import render
-from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.markup import escape
 
@@ -43,8 +42,6 @@ _EXAMPLES = [
         "4 shirts cost 4 * 15 = 80 dollars. She gets 100 - 80 = 95 dollars.",
     ),
 ]
-# Rich's own, without the fonts that it would fetch from elsewhere.
-_SVG = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 
 def demo(
@@ -82,7 +79,9 @@ def demo(
                 style="dim",
             )
     if svg is not None:
-        console.save_svg(str(svg), title="make demo", code_format=_SVG)
+        picture = console.export_svg(title="make demo")
+        # Without the fonts that it would fetch from elsewhere.
+        svg.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL))
     console.print("The service has stopped. `make serve` starts one that stays.", style="dim")
 
 

@@ -12,7 +12,6 @@ ApiError
 
 from __future__ import annotations
 
-import logging
 from http import HTTPStatus
 from typing import Any
 
@@ -22,11 +21,9 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-logger = logging.getLogger(__name__)
-
 
 class ApiError(Exception):
-    """An answer other than 2xx."""
+    """An answer other than 2xx; as it stands, a 500."""
 
     status = 500
     type = "server_error"
@@ -116,8 +113,10 @@ def from_validation(error: ValidationError | RequestValidationError) -> BadReque
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "cannot be parsed")
         return BadRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
-    # FastAPI puts "body" first, and a union the name of its member ("item").
-    location = [part for part in first["loc"] if part not in ("body", "item", "list")]
+    location = list(first["loc"])
+    if isinstance(error, RequestValidationError):
+        # FastAPI puts "body" first, and the union of the two bodies the name of its member.
+        location = location[2:] if location[1:2] in (["item"], ["list"]) else location[1:]
     param = _path(location) or None
     if first["type"] == "extra_forbidden":
         return BadRequest(f"unknown parameter: {param}", param=param, code="unknown_parameter")
@@ -132,8 +131,12 @@ def from_validation(error: ValidationError | RequestValidationError) -> BadReque
 
 def _path(location: list[Any]) -> str:
     """("messages", 0, "role") as messages[0].role"""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return "".join(parts).lstrip(".")
+    path = ""
+    for before, part in zip([None, *location], location, strict=False):
+        if before == "content" and part in ("text", "parts"):
+            continue  # the name of a member of the union that a content is
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.lstrip(".")
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -164,8 +167,3 @@ def install_handlers(app: FastAPI) -> None:
             answer.type = "invalid_request_error"
         answer.headers = dict(error.headers or {})
         return answer.response()
-
-    @app.exception_handler(Exception)
-    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.error("request failed", exc_info=error)
-        return ApiError("internal error; the server's log has the details").response()

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import metrics
-from server.errors import BodyTooLarge
+from server.errors import ApiError, BodyTooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,14 @@ class RequestContext:
             await self.app(scope, bounded_receive, tagged_send)
         except BodyTooLarge as error:  # by its declared length, before any route saw it
             await error.response()(scope, receive, tagged_send)
+        except Exception:
+            # Here and not in an exception handler: Starlette runs that one outside of us, and its
+            # answer would carry no id and be counted as none.
+            logger.exception("request failed")
+            if status:
+                raise  # the answer has begun; all that is left is to break it off
+            answer = ApiError("internal error; the server's log has the details").response()
+            await answer(scope, receive, tagged_send)
         finally:
             # The route's template, not the path: paths are the client's and have no end.
             route = getattr(scope.get("route"), "path", "unknown")

@@ -59,7 +59,7 @@ open_to_all = APIRouter()
     "/score",
     summary="Score given text",
     response_model=schemas.ScoreResponse | schemas.ScoreList,
-    responses=_errors(404, 413, 429, 503, 504),
+    responses=_errors(404, 413, 429, 500, 503, 504),
 )
 async def score(
     body: schemas.ScoreBody, request: Request, scorer: Annotated[Scorer, Depends(_scorer)]
@@ -80,7 +80,7 @@ async def score(
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-@scored.get("/models", summary="Served ensembles")
+@scored.get("/models", summary="Served ensembles", responses=_errors(503))
 async def models(scorer: Annotated[Scorer, Depends(_scorer)]) -> schemas.ModelList:
     """The ensemble served here, as OpenAI's model list."""
     engine = scorer.engine
@@ -127,8 +127,9 @@ async def version() -> schemas.Version:
 
 
 @open_to_all.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def prometheus() -> Response:
+async def prometheus(request: Request) -> Response:
     """Prometheus text format."""
+    await _state(request).healthy()  # brings demur_ready up to date
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

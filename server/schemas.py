@@ -18,11 +18,12 @@ from pydantic import (
 
 # White space passes. Control characters, which a terminal would obey and no answer holds, do not,
 # and neither do surrogates, which JSON can name but UTF-8 cannot.
-_UNUSABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
+_UNUSABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Strict: "0.5" is no number and 1 is no truth value.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def _plain(text: str) -> str:
@@ -43,7 +44,10 @@ class Message(_Request):
     """A turn of the conversation that the response answers."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
+        Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
+    ]
 
     @property
     def text(self) -> str:
@@ -78,7 +82,7 @@ class ScoreRequest(_Request):
     )
     store: bool = Field(default=True, description="false keeps the text out of distillation")
 
-    @field_validator("prompt", "response")
+    @field_validator("model", "prompt", "response")
     @classmethod
     def _no_control_characters(cls, text: str | None) -> str | None:
         return text if text is None else _plain(text)
@@ -133,7 +137,9 @@ class Token(BaseModel):
     bytes: list[int]
     text_offset: tuple[int, int] = Field(description="characters of the response, [start, end)")
     logprob: float = Field(description="target's log-probability of the token")
-    rank: int = Field(description="1 if the target holds no token more likely")
+    rank: int = Field(
+        description="tokens that the target holds at least as likely, itself included"
+    )
     entropy: float = Field(description="H(p) of the target")
     total: float = Field(description="H of the drafts' mixture = aleatoric + jsd")
     aleatoric: float = Field(description="mean entropy of the drafts")

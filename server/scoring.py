@@ -18,7 +18,7 @@ from drafts.aggregate import aggregate
 from drafts.errors import EngineNotReady, NonFiniteError
 from drafts.scores import ScoringEngine, TokenScores
 from drafts.spans import Span, find_spans
-from drafts.text import EncodedText, TextEncoder, TextError
+from drafts.text import EncodedText, TextEncoder, TextError, TooManyTokens
 from server import metrics, schemas
 from server.errors import (
     ApiError,
@@ -52,7 +52,7 @@ class Scorer:
             async with asyncio.timeout(self.settings.request_timeout_s):
                 answer = await self._score(request)
         except TimeoutError:
-            metrics.ITEMS.labels("deadline").inc()
+            metrics.ITEMS.labels(DeadlineExceeded.code).inc()
             raise DeadlineExceeded(
                 f"not scored within {self.settings.request_timeout_s:g} s"
             ) from None
@@ -65,7 +65,6 @@ class Scorer:
     async def _score(self, request: schemas.ScoreRequest) -> schemas.ScoreResponse:
         self._check_model(request.model)
         text = await asyncio.to_thread(self._encode, request)
-        self._check_length(text)
         scores = await self._measure(text)
         offsets = [(token.start, token.end) for token in text.tokens]
         spans = find_spans(request.response, offsets, scores.epistemic)
@@ -131,22 +130,17 @@ class Scorer:
 
     def _encode(self, request: schemas.ScoreRequest) -> EncodedText:
         try:
-            if request.messages is None:
-                return self.encoder.encode(request.prompt or "", request.response, rendered=False)
-            prompt = self.encoder.render(
-                [{"role": message.role, "content": message.text} for message in request.messages]
+            prompt, rendered = request.prompt or "", False
+            if request.messages is not None:
+                messages = [{"role": turn.role, "content": turn.text} for turn in request.messages]
+                prompt, rendered = self.encoder.render(messages), True
+            return self.encoder.encode(
+                prompt, request.response, rendered=rendered, max_tokens=self.engine.max_tokens
             )
-            return self.encoder.encode(prompt, request.response, rendered=True)
+        except TooManyTokens as error:
+            raise TooLarge(str(error), code="context_length_exceeded") from error
         except TextError as error:
             raise BadRequest(str(error), code="invalid_text") from error
-
-    def _check_length(self, text: EncodedText) -> None:
-        if len(text.token_ids) > self.engine.max_tokens:
-            raise TooLarge(
-                f"{text.response_start} prompt and {len(text.tokens)} response tokens are over "
-                f"the {self.engine.max_tokens} that this model takes",
-                code="context_length_exceeded",
-            )
 
     async def _measure(self, text: EncodedText) -> TokenScores:
         try:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,10 +21,13 @@ from drafts.engine import EngineConfig
 from drafts.init import default_folder
 
 
-class Settings(BaseSettings):
-    """Every setting, with its default; unknown keys in the file are refused."""
+class Settings(BaseSettings, EngineConfig):
+    """Every setting, the engine's included; unknown keys in the file are refused."""
 
-    model_config = SettingsConfigDict(env_prefix="DEMUR_", extra="forbid")
+    # Values are not repeated in errors: one of them may be a key.
+    model_config = SettingsConfigDict(
+        env_prefix="DEMUR_", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
     ensemble: Path = Field(default_factory=default_folder, description="folder with demur.json")
     host: str = "127.0.0.1"
@@ -33,15 +36,6 @@ class Settings(BaseSettings):
         default=[], description="bearer keys that may score; none means that everybody may"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="bfloat16", description="of weights and activations in the engine"
-    )
-    max_model_len: int = Field(default=4096, gt=1, description="tokens of prompt and response")
-    max_num_batched_tokens: int = Field(default=1024, gt=0, description="tokens of one engine step")
-    max_num_seqs: int = Field(default=64, gt=0, description="requests in one engine step")
-    kv_cache_gib: float | None = Field(default=1.0, gt=0, description="KV cache, GiB")
-    enforce_eager: bool = True
 
     max_body_bytes: int = Field(default=4 * 2**20, gt=0, description="a larger body gets a 413")
     max_batch_items: int = Field(default=1000, gt=0, description="items of one list")
@@ -63,12 +57,19 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = TomlConfigSettingsSource(
-            settings_cls, Path(os.environ.get("DEMUR_CONFIG", "demur.toml"))
-        )
+        named = os.environ.get("DEMUR_CONFIG")
+        if named is not None and not Path(named).is_file():
+            # Going on without it would drop the keys that it may hold.
+            raise ValueError(f"DEMUR_CONFIG names {named}, which is no file")
+        file = TomlConfigSettingsSource(settings_cls, Path(named or "demur.toml"))
         return init_settings, env_settings, file
+
+    @model_validator(mode="after")
+    def _a_list_fits_the_queue(self) -> Settings:
+        if self.max_batch_items > self.max_pending:
+            raise ValueError("max_batch_items is over max_pending: a full list would never fit")
+        return self
 
     def engine_config(self) -> EngineConfig:
         """The engine's part of the settings."""
-        shared = EngineConfig.model_fields.keys() & Settings.model_fields.keys()
-        return EngineConfig(**{name: getattr(self, name) for name in shared})
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from drafts.engine import Engine
 from drafts.errors import DraftsError, EngineNotReady
+from drafts.manifest import load_ensemble
 from drafts.scores import ScoringEngine
 from drafts.text import TextEncoder
 from server import metrics
@@ -23,9 +24,11 @@ Start = Callable[[Settings], Awaitable[tuple[str, ScoringEngine, TextEncoder]]]
 
 async def start_engine(settings: Settings) -> tuple[str, ScoringEngine, TextEncoder]:
     """The model's name, its engine and its encoder."""
+    # The encoder first: what is wrong with it shows at once, and not after the engine has loaded.
+    ensemble = await asyncio.to_thread(load_ensemble, settings.ensemble)
+    encoder = await asyncio.to_thread(TextEncoder, ensemble.target_path)
     engine = await Engine.start(settings.engine_config())
-    encoder = await asyncio.to_thread(TextEncoder, engine.ensemble.target_path)
-    return engine.ensemble.manifest.name, engine, encoder
+    return ensemble.manifest.name, engine, encoder
 
 
 class State:

@@ -1,7 +1,14 @@
 """Fixtures that several files share."""
 
-import asyncio
+# ruff: noqa: E402
 import os
+
+# Tests speak to no hub, and to no service that the user runs. Before any import that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in [name for name in os.environ if name.startswith("DEMUR_")]:
+    del os.environ[_name]
+
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +22,6 @@ from server.app import create_app
 from server.settings import Settings
 from tests.fake_engine import FakeEngine
 from tests.tiny import byte_level_tokenizer, save_tokenizer
-
-# Tests speak to no hub and no proxy, and to no service that the user runs.
-os.environ["HF_HUB_OFFLINE"] = "1"
-for name in [name for name in os.environ if name.startswith("DEMUR_")]:
-    del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,15 @@ def test_an_answer_that_is_not_ours() -> None:
         Client(transport=page).score("x", prompt="y")
 
 
+def test_a_page_in_place_of_an_answer() -> None:
+    page = httpx.MockTransport(lambda _: httpx.Response(200, text="<h1>Log in</h1>"))
+    with pytest.raises(demur.DemurError, match="is it a demur service"):
+        Client(transport=page).score("x", prompt="y")
+    moved = httpx.MockTransport(lambda _: httpx.Response(307, headers={"Location": "/login"}))
+    with pytest.raises(demur.APIStatusError, match="307"):
+        Client(transport=moved).score("x", prompt="y")
+
+
 def test_heat_map_shows_the_whole_response_and_its_numbers(client: Client) -> None:
     text = "Tokyo 東京 🎉 [bold]not markup[/bold]"
     score = client.score(text, messages=QUESTION)

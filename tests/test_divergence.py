@@ -145,12 +145,11 @@ def test_shapes_that_do_not_fit_are_refused(drafts: tuple[int], target: tuple[in
 _BIG = """
 import resource, torch
 from drafts import divergence
-K, T, V = 4, 8192, 152_000
-drafts = torch.randn(K, 1, V).expand(K, T, V)  # 20 GB if it were real
+K, T, V = 2, 8192, 152_000
+drafts = torch.randn(K, 1, V).expand(K, T, V)  # 10 GB if it were real
 target = torch.randn(1, V).expand(T, V)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-# Every 64th token stands for all: what is bounded is the memory a block takes, not the time.
-got = divergence.measures(drafts[:, ::64], target[::64])
+got = divergence.measures(drafts, target)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, got.jsd.shape[0])
 """
 
@@ -160,6 +159,6 @@ def test_memory_stays_bounded_at_large_vocabulary() -> None:
         [sys.executable, "-c", _BIG], capture_output=True, text=True, check=True, timeout=300
     ).stdout
     grown_kib, rows = map(int, out.split())
-    assert rows == 128
-    # One [4, 128, 152k] float32 tensor would be 311 MB; a block of rows and its copies are not.
+    assert rows == 8192
+    # One [2, 8192, 152k] float32 tensor would be 10 GB; a block of rows and its copies are not.
     assert grown_kib < 150_000, f"{grown_kib} KiB"

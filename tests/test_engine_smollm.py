@@ -19,7 +19,7 @@ from drafts.scores import TokenScores
 from drafts.text import EncodedText, TextEncoder
 from tests.engine_checks import MEASURES, assert_close, joined, running
 from tests.texts import answers
-from tests.tiny import save_residual
+from tests.tiny import edit_manifest, perturb, save_residual
 
 pytestmark = pytest.mark.engine
 
@@ -113,12 +113,28 @@ async def test_float32_with_prefill_in_small_chunks(
 
 
 async def test_bfloat16_ranks_tokens_alike(
-    folder: Path, texts: list[EncodedText], reference: list[TokenScores]
+    folder: Path, texts: list[EncodedText], reference: list[TokenScores], tmp_path: Path
 ) -> None:
     async with running(folder, dtype="bfloat16") as engine:
         got = await asyncio.gather(
             *(engine.score(text.token_ids, text.response_start) for text in texts)
         )
+        # And after a swap, which repacks the weights in another way than in float32.
+        other = shutil.copytree(folder, tmp_path / "v2")
+        for index, name in enumerate(("exit_a", "exit_b", "model_a", "student")):
+            perturb(other / name, seed=index, scale=0.05)
+        edit_manifest(other, weights_version="v2")
+        await engine.swap(other)
+        few = texts[::4]
+        swapped = [await engine.score(text.token_ids, text.response_start) for text in few]
+    _assert_ranked_alike(got, reference)
+    oracle = Reference(load_ensemble(other))
+    _assert_ranked_alike(
+        swapped, [oracle.score(text.token_ids, text.response_start) for text in few]
+    )
+
+
+def _assert_ranked_alike(got: list[TokenScores], expected: list[TokenScores]) -> None:
     for measure in MEASURES:
-        rho = spearmanr(joined(got, measure), joined(reference, measure)).statistic
+        rho = spearmanr(joined(got, measure), joined(expected, measure)).statistic
         assert rho >= 0.99, f"{measure}: Spearman {rho:.4f}"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafts import channel
-from drafts.engine import Engine
+from drafts.engine import Engine, EngineConfig
 from drafts.errors import DraftsError, EngineNotReady, ManifestError, WeightsError
 from drafts.manifest import load_ensemble
 from drafts.reference import Reference
@@ -133,25 +133,103 @@ async def test_swaps_under_load_never_mix_versions(
 ) -> None:
     texts = some_texts(2, count=40)
     references = {"v1": expected(folder, texts), "v2": expected(second, texts)}
-    done: list[tuple[int, TokenScores]] = []
 
-    async def one(index: int) -> None:
-        done.append((index, await engine.score(*texts[index])))
+    def burst(indices: range) -> list[asyncio.Task[TokenScores]]:
+        return [asyncio.create_task(engine.score(*texts[index])) for index in indices]
 
-    # Requests keep coming while the weights go back and forth between them.
-    tasks: list[asyncio.Task[Any]] = []
-    for index in range(40):
-        tasks.append(asyncio.create_task(one(index)))
-        if index in (10, 20, 30):
-            tasks.append(asyncio.create_task(engine.swap(folder if index == 20 else second)))
-        await asyncio.sleep(0.02)
-    await asyncio.gather(*tasks)
-    versions = {score.weights_version for _, score in done}
-    assert versions == {"v1", "v2"}
-    for index, score in done:
-        assert_close([score], [references[score.weights_version][index]])
-    await engine.swap(folder)
+    # More texts than a step takes, then a swap while they are under way, then more: twice.
+    early = burst(range(20))
+    await asyncio.sleep(0.05)
+    assert engine._llm.get_num_unfinished_requests() > 0
+    there = asyncio.create_task(engine.swap(second))
+    while not engine._gate._waiting:
+        await asyncio.sleep(0.001)
+    assert not all(task.done() for task in early)
+    late = burst(range(20, 40))
+    await there
+    # Cancelling who asked for a swap does not leave it half done.
+    back = asyncio.create_task(engine.swap(folder))
+    while not (engine._gate._waiting or engine._gate._closed):
+        await asyncio.sleep(0.001)
+    back.cancel()
+    last = burst(range(20))
+    for version, indices, tasks in (
+        ("v1", range(20), early),
+        ("v2", range(20, 40), late),
+        ("v1", range(20), last),
+    ):
+        scores = await asyncio.gather(*tasks)
+        assert {score.weights_version for score in scores} == {version}
+        assert_close(scores, [references[version][index] for index in indices])
     assert engine.weights_version == "v1"
+
+
+async def test_a_swap_forgets_the_prefixes_that_old_drafts_wrote(
+    engine: Engine, folder: Path, second: Path
+) -> None:
+    """Generation reads the prefix cache (scoring does not): one token after a long prompt."""
+    from vllm import SamplingParams
+
+    prompt = [(7 * i) % 320 for i in range(200)]  # more than one block of the CPU's cache
+
+    async def generate(name: str) -> tuple[int, dict[str, Any]]:
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=channel.M,
+            flat_logprobs=True,
+            detokenize=False,
+            extra_args={channel.MEASURE_FROM: len(prompt)},
+        )
+        async for output in engine._llm.generate({"prompt_token_ids": prompt}, params, name):
+            final = output
+        flat = final.outputs[0].logprobs
+        values, ids = np.array([flat.logprobs]), np.array([flat.token_ids])
+        return final, channel.decode(values[:, 0], ids[:, 1:], values[:, 1:], 320)
+
+    await generate("fills the cache")
+    cached, _ = await generate("reads the cache")
+    assert cached.num_cached_tokens > 0
+    await engine.swap(second)
+    fresh, got = await generate("after the swap")
+    await engine.swap(folder)
+    assert not fresh.num_cached_tokens
+    (reference,) = expected(second, [(prompt + list(fresh.outputs[0].token_ids), len(prompt))])
+    for name in ("entropy", "total", "jsd", "kl"):
+        assert np.abs(got[name] - getattr(reference, name)).max() <= TOLERANCE, name
+
+
+async def test_tensors_that_no_model_reads_do_no_harm(
+    engine: Engine, folder: Path, second: Path
+) -> None:
+    extra = folder.parent / "extra"
+    shutil.copytree(second, extra)
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.self_attn.o_norm.weight"] = torch.ones(32)
+
+    _rewrite(extra / "model_a/model.safetensors", change)
+    texts = some_texts(6, count=3)
+    await engine.swap(extra)
+    assert_close([await engine.score(*text) for text in texts], expected(second, texts))
+    await engine.swap(folder)
+    assert_close([await engine.score(*text) for text in texts], expected(folder, texts))
+
+
+async def test_a_target_that_lacks_a_tensor_is_refused(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    shutil.copytree(folder.parent / "target-llama", broken / "target")
+    edit_manifest(broken, target={"source": "target"})
+    name = "model.layers.3.mlp.up_proj.weight"
+    _rewrite(broken / "target/model.safetensors", lambda weights: weights.pop(name))
+    with pytest.raises(WeightsError, match=f"the target: 1 tensors are missing, {name}"):
+        await Engine.start(EngineConfig(ensemble=broken, **TINY))
+
+
+async def test_a_length_that_a_member_does_not_take_is_refused(folder: Path) -> None:
+    with pytest.raises(ManifestError, match=r"max_model_len is 600 and .* takes at most 512"):
+        await Engine.start(EngineConfig(ensemble=folder, **{**TINY, "max_model_len": 600}))
 
 
 def _truncated(path: Path) -> None:
@@ -292,7 +370,12 @@ async def test_a_cancelled_request_leaves_the_engine_well(engine: Engine, folder
 
 async def test_zz_a_shut_down_engine_says_so(engine: Engine) -> None:
     """Last of this file: it ends the shared engine."""
+    texts = some_texts(5)
+    waiting = asyncio.gather(*(engine.score(*text) for text in texts), return_exceptions=True)
+    await asyncio.sleep(0.01)
     await engine.shutdown()
+    for result in await asyncio.wait_for(waiting, 30):
+        assert isinstance(result, TokenScores | EngineNotReady)
     with pytest.raises(EngineNotReady):
         await engine.score([1, 2], 1)
     with pytest.raises(EngineNotReady):

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import CHECKS, load_all_checks
 from starlette.testclient import TestClient
@@ -15,6 +16,7 @@ from server.openapi import document
 from server.settings import Settings
 from tests.fake_engine import FakeEngine
 
+POSITIVE, NEGATIVE = schemathesis.GenerationMode
 CHECKED_IN = Path(__file__).parents[1] / "docs/openapi.json"
 
 
@@ -38,12 +40,7 @@ def test_anything_gets_a_documented_answer(encoder: TextEncoder) -> None:
         return "tiny", FakeEngine(), encoder
 
     app = create_app(Settings(ensemble=Path("unused"), api_keys=["key"]), start)
-    # What is good and bad data is tested elsewhere: the document cannot say all that a text must
-    # be, and a bad item of a list is answered in the list. 405 is the framework's.
     load_all_checks()
-    excluded = CHECKS.get_by_names(
-        ["positive_data_acceptance", "negative_data_rejection", "unsupported_method"]
-    )
     with TestClient(app) as client:
         while client.get("/ready").status_code != 200:
             pass
@@ -51,19 +48,25 @@ def test_anything_gets_a_documented_answer(encoder: TextEncoder) -> None:
         tried = []
         for result in schema.get_all_operations():
             operation = result.ok()
-            for mode in schemathesis.GenerationMode:
-
-                @given(case=operation.as_strategy(generation_mode=mode))
-                @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-                def run(case: schemathesis.Case) -> None:
-                    case.call_and_validate(
-                        excluded_checks=excluded, headers={"Authorization": "Bearer key"}
-                    )
-
+            for mode in (POSITIVE, NEGATIVE):
                 try:
-                    run()
+                    _send(operation, mode)
                 except Unsatisfiable:
                     continue  # a route without input has no invalid input
                 tried.append((operation.path, mode.value))
     assert ("/v1/score", "positive") in tried
     assert ("/v1/score", "negative") in tried
+
+
+def _send(operation: Any, mode: schemathesis.GenerationMode) -> None:
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    def run(case: schemathesis.Case) -> None:
+        # A bad item of a list is answered in the list, with a 200.
+        assume(not (mode is NEGATIVE and isinstance(case.body, list)))
+        # The document cannot say all that a text must be, and 405 is the framework's.
+        excluded = CHECKS.get_by_names(["positive_data_acceptance", "unsupported_method"])
+        headers = {"Authorization": "Bearer key"}
+        case.call_and_validate(excluded_checks=excluded, headers=headers)
+
+    run()

@@ -218,6 +218,26 @@ def test_environment_goes_over_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert got.engine_config().dtype == got.dtype == "bfloat16"
 
 
+def test_a_named_file_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEMUR_CONFIG", "/no/such/demur.toml")
+    with pytest.raises(ValueError, match="no file"):
+        Settings()  # without it the service would start without its keys
+
+
+def test_errors_do_not_print_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "demur.toml"
+    file.write_text('api_keys = "hush"\n')
+    monkeypatch.setenv("DEMUR_CONFIG", str(file))
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert "hush" not in str(caught.value)
+
+
+def test_a_full_list_must_fit_the_queue() -> None:
+    with pytest.raises(ValidationError, match="never fit"):
+        Settings(max_pending=10)
+
+
 def test_unknown_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "demur.toml"
     file.write_text("prot = 9000\n")

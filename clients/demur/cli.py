@@ -42,7 +42,7 @@ def score(
         with Client(base_url) as client:
             answer = client.score(response, messages=messages, prompt=prompt)
     except DemurError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
+        Console(stderr=True).print(str(error), style="red", markup=False)
         raise typer.Exit(1) from error
     if as_json:
         print(answer.model_dump_json(indent=2))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
-from demur.errors import APIConnectionError, from_response
+from demur.errors import APIConnectionError, DemurError, from_response
 from demur.types import Score
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -66,13 +69,13 @@ class Client:
             "store": store,
         }
         given = {name: value for name, value in body.items() if value is not None}
-        return Score.model_validate(self._call("POST", "/v1/score", json=given).json())
+        return self._parsed(Score, self._call("POST", "/v1/score", json=given))
 
     def ready(self) -> bool:
         """Can the service score now? False too if nobody answers."""
         try:
             return self._http.get("/ready").status_code == httpx.codes.OK
-        except httpx.TransportError:
+        except httpx.RequestError:
             return False
 
     def close(self) -> None:
@@ -93,11 +96,20 @@ class Client:
     def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **arguments)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise APIConnectionError(
                 f"no answer from {self._http.base_url} ({error or type(error).__name__}); "
                 "is the service running? `demur serve` starts one"
             ) from error
-        if response.is_error:
+        if not response.is_success:
             raise from_response(response)
         return response
+
+    def _parsed(self, kind: type[_Answer], response: httpx.Response) -> _Answer:
+        try:
+            return kind.model_validate_json(response.content)
+        except ValidationError as error:
+            raise DemurError(
+                f"{self._http.base_url} answered {response.status_code} with something that is no "
+                f"{kind.__name__}; is it a demur service, of this version?"
+            ) from error
