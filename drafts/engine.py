@@ -11,7 +11,6 @@ calls may run side by side.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import shutil
 import uuid
@@ -195,9 +194,8 @@ class Engine:
             await llm.abort(list(self._under_way))
             # Not in a thread: vLLM's output task would run meanwhile and report a dead engine.
             llm.shutdown()
-            # It is part of reference cycles, and freed at interpreter exit it prints a traceback.
-            del llm
-            gc.collect()
+            # Its `__del__` does it again, and at interpreter exit would print a traceback.
+            llm.shutdown = lambda: None
 
     def _checked(self, token_ids: Sequence[int], response_start: int) -> list[int]:
         ids = [int(token) for token in token_ids]
