@@ -169,6 +169,7 @@ def _stock(name: str, folder: Path, dtype: str) -> Any:
 
     async def stop() -> None:
         llm.shutdown()
+        llm.shutdown = lambda: None  # its `__del__` does it again, too late
 
     return score, stop
 
