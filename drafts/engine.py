@@ -109,12 +109,38 @@ class Engine:
             NonFiniteError: if the forward pass gave NaN or infinity.
             EngineNotReady: if the engine is dead.
         """
+        ids = self._checked(token_ids, self.max_tokens)
+        if not 1 <= response_start < len(ids):
+            raise ValueError(
+                f"response_start must lie in 1..{len(ids) - 1} for {len(ids)} tokens, "
+                f"got {response_start}"
+            )
+        final, version = await self._run(ids, _scoring_params(response_start))
+        return self._read(final.prompt_logprobs, len(ids), response_start, version)
+
+    async def generate(
+        self, token_ids: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0
+    ) -> list[int]:
+        """Sample a continuation from the target.
+
+        Returns:
+            At most `max_new_tokens` token ids; the last is the target's end-of-text token if it
+            came to one.
+
+        Raises:
+            ValueError: if the arguments do not fit this engine.
+            EngineNotReady: if the engine is dead.
+        """
+        ids = self._checked(token_ids, self.max_tokens + 1 - max_new_tokens)
+        final, _ = await self._run(ids, _generation_params(max_new_tokens, temperature))
+        return list(final.outputs[0].token_ids)
+
+    async def _run(self, ids: list[int], params: Any) -> tuple[Any, str]:
+        """vLLM's last output of a request, and the version of the weights that made it."""
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         await self.check_health()
-        ids = self._checked(token_ids, response_start)
-        params = self._sampling_params(response_start)
         # Cancelling this coroutine closes the generator, which aborts the request in vLLM.
         async with self._gate.shared():
             await self.check_health()  # while it waited at the gate, much can have happened
@@ -131,7 +157,7 @@ class Engine:
                 self._under_way.discard(request_id)
         if final is None or final.outputs[0].finish_reason == "abort":
             raise EngineNotReady("the engine is stopping")
-        return self._read(final.prompt_logprobs, len(ids), response_start, version)
+        return final, version
 
     async def swap(self, folder: Path) -> None:
         """Serve with the drafts' weights of another version of this ensemble, from now on.
@@ -197,33 +223,13 @@ class Engine:
             # Its `__del__` does it again, and at interpreter exit would print a traceback.
             llm.shutdown = lambda: None
 
-    def _checked(self, token_ids: Sequence[int], response_start: int) -> list[int]:
+    def _checked(self, token_ids: Sequence[int], limit: int) -> list[int]:
         ids = [int(token) for token in token_ids]
-        if not 1 <= response_start < len(ids):
-            raise ValueError(
-                f"response_start must lie in 1..{len(ids) - 1} for {len(ids)} tokens, "
-                f"got {response_start}"
-            )
-        if len(ids) > self.max_tokens:
-            raise ValueError(f"{len(ids)} tokens, at most {self.max_tokens} can be scored")
+        if not 1 <= len(ids) <= limit:
+            raise ValueError(f"{len(ids)} tokens, at least 1 and at most {limit} can be taken")
         if min(ids) < 0 or max(ids) >= self._ensemble.vocab_size:
             raise ValueError(f"token ids must lie in 0..{self._ensemble.vocab_size - 1}")
         return ids
-
-    @staticmethod
-    def _sampling_params(response_start: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=channel.M,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={channel.MEASURE_FROM: response_start},
-        )
 
     def _read(self, flat: Any, n_tokens: int, response_start: int, version: str) -> TokenScores:
         # Row i of `flat` is of token i: first the token itself, then the top M raw values.
@@ -243,6 +249,33 @@ class Engine:
             kl=columns["kl"],
             weights_version=version,
         )
+
+
+def _scoring_params(response_start: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=channel.M,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={channel.MEASURE_FROM: response_start},
+    )
+
+
+def _generation_params(max_new_tokens: int, temperature: float) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=max_new_tokens,
+        temperature=temperature,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _build(ensemble: Ensemble, config: EngineConfig) -> Any:

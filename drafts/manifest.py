@@ -167,12 +167,12 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    target_path = _resolve(folder, manifest.target)
+    target_path = resolve_source(folder, manifest.target.source, manifest.target.revision)
     target_config = _transformers_config(target_path)
     _refuse_quantised("the target", target_config)
     members = []
     for draft in manifest.drafts:
-        path = _resolve(folder, draft)
+        path = resolve_source(folder, draft.source, draft.revision)
         config = (
             ResidualConfig.read(path)
             if isinstance(draft, ResidualDraft)
@@ -184,8 +184,13 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     return Ensemble(folder, manifest, target_path, target_config, tuple(members))
 
 
-def _resolve(folder: Path, source: Source) -> Path:
-    local = folder / Path(source.source).expanduser()
+def resolve_source(folder: Path, source: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: under `folder`, absolute, or fetched from the hub.
+
+    Raises:
+        ManifestError: if it is neither.
+    """
+    local = folder / Path(source).expanduser()
     if local.is_dir():
         return local.resolve()
     from huggingface_hub import snapshot_download
@@ -194,14 +199,14 @@ def _resolve(folder: Path, source: Source) -> Path:
     try:
         return Path(
             snapshot_download(
-                source.source,
-                revision=source.revision,
+                source,
+                revision=revision,
                 allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ManifestError(
-            f"'{source.source}' is neither a folder under {folder} nor a model that the Hugging "
+            f"'{source}' is neither a folder under {folder} nor a model that the Hugging "
             f"Face hub gives to this machine ({type(error).__name__}: {error})"
         ) from error
 

@@ -96,7 +96,7 @@ class TextEncoder:
             TextError: if either has no tokens.
             TooManyTokens: if there are more than `max_tokens`.
         """
-        prompt_ids = list(self._encoding(prompt, special=not rendered).ids) or self._beginning()
+        prompt_ids = self.token_ids(prompt, rendered=rendered)
         if max_tokens is not None and len(prompt_ids) >= max_tokens:
             raise TooManyTokens(f"the prompt's {len(prompt_ids)} tokens", max_tokens)
         joint = self._encoding(prompt + response, special=not rendered)
@@ -121,6 +121,14 @@ class TextEncoder:
             for token_id, (begin, end), b in zip(ids, spans, raw, strict=True)
         ]
         return EncodedText([*prompt_ids, *ids], start, tokens)
+
+    def token_ids(self, prompt: str, *, rendered: bool) -> list[int]:
+        """Tokens of a prompt by itself; `rendered` as in `encode`. Never empty.
+
+        Raises:
+            TextError: if it is empty and the target has no token to begin with.
+        """
+        return list(self._encoding(prompt, special=not rendered).ids) or self._beginning()
 
     def _encoding(self, text: str, *, special: bool) -> Any:
         # A batch of one: unlike `encode`, it lets other threads run meanwhile.

@@ -48,9 +48,13 @@ def demo(
     svg: Annotated[Path | None, typer.Option(help="also save what is printed as an SVG")] = None,
 ) -> None:
     """Score a right and a wrong answer to two questions with the default model."""
-    console = Console(record=svg is not None)
+    console = Console(record=svg is not None, highlight=False)
     try:
-        init_default(default_folder(), lambda line: console.print(line, style="dim"))
+        home = str(Path.home())
+        init_default(
+            default_folder(),
+            lambda line: console.print(line.replace(home, "~"), style="dim"),
+        )
     except DraftsError as error:
         console.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(1) from error

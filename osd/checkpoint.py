@@ -1,0 +1,137 @@
+"""Training checkpoints: written whole, read back exactly, no pickle.
+
+A folder `checkpoint-000200` holds, for each student, its trained weights and its optimiser's
+moments as safetensors, and `state.json` with the step and the configuration. It is written under
+another name and renamed, so a killed trainer leaves the last whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from osd.errors import CheckpointError
+
+_KEPT = 2
+
+
+def save(
+    run: Path,
+    step: int,
+    config: dict[str, Any],
+    modules: Sequence[nn.Module],
+    optimisers: Sequence[torch.optim.Optimizer],
+) -> Path:
+    """Write the checkpoint of `step` and drop all but the last two."""
+    folder = run / f"checkpoint-{step:06d}"
+    partial = run / f"{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, (module, optimiser) in enumerate(zip(modules, optimisers, strict=True)):
+        save_file(_trained(module), partial / f"student-{number}.safetensors")
+        save_file(_moments(module, optimiser), partial / f"optimiser-{number}.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    for old in sorted(run.glob("checkpoint-??????"))[:-_KEPT]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_last(
+    run: Path,
+    config: dict[str, Any],
+    modules: Sequence[nn.Module],
+    optimisers: Sequence[torch.optim.Optimizer],
+) -> int:
+    """Put the last checkpoint into modules and optimisers; return its step, or 0 without one.
+
+    Raises:
+        CheckpointError: if it is broken, or of a run with another configuration.
+    """
+    folders = sorted(run.glob("checkpoint-??????"))
+    if not folders:
+        return 0
+    folder = folders[-1]
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        step = int(state["step"])
+        stored = state["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: state.json cannot be read ({error})") from error
+    if stored != config:
+        changed = sorted(
+            name for name in stored.keys() | config.keys() if stored.get(name) != config.get(name)
+        )
+        raise CheckpointError(
+            f"{folder} is of a run with another {', '.join(changed)}; "
+            "restore the configuration, or choose another run folder"
+        )
+    for number, (module, optimiser) in enumerate(zip(modules, optimisers, strict=True)):
+        _restore(module, _read(folder / f"student-{number}.safetensors"))
+        _restore_moments(module, optimiser, _read(folder / f"optimiser-{number}.safetensors"))
+    return step
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters and persistent buffers."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    # Parameters that are tied have one name here, and the others in `state_dict` are left out.
+    names = {name for name, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in module.state_dict().items()
+        if name in names and name not in frozen
+    }
+
+
+def _moments(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    moments = {}
+    for name, parameter in module.named_parameters():
+        for key, value in optimiser.state.get(parameter, {}).items():
+            moments[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return moments
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); remove its folder to go on from the one before"
+        ) from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{file}: {name} holds NaN or infinity")
+    return tensors
+
+
+def _restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    wanted = set(_trained(module))
+    if unexpected or wanted & set(missing):
+        raise CheckpointError("a checkpoint holds other tensors than this student has")
+
+
+def _restore_moments(
+    module: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    for name, parameter in module.named_parameters():
+        own = {
+            key.rpartition("/")[2]: tensor
+            for key, tensor in tensors.items()
+            if key.rpartition("/")[0] == name
+        }
+        if own:
+            optimiser.state[parameter] = {
+                key: tensor if key == "step" else tensor.to(parameter.device)
+                for key, tensor in own.items()
+            }

@@ -1,0 +1,82 @@
+"""`demur synthesize` and `demur distill`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drafts.errors import DraftsError
+from drafts.init import default_folder, init_default
+from osd.errors import OsdError
+
+
+def synthesize(
+    out: Annotated[Path, typer.Option(help="folder of the corpus; run again to go on")],
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="JSON lines of prompts; may be given several times")
+    ] = None,
+    general: Annotated[
+        bool, typer.Option("--general", help="add several hundred everyday and factual questions")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(help="take at most so many prompts of each file")
+    ] = None,
+    ensemble: Annotated[
+        Path | None, typer.Option(help="folder with demur.json; default: the one of `demur init`")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="of each answer")] = 256,
+    temperature: Annotated[float, typer.Option(help="1 = as the target speaks")] = 1.0,
+    per_part: Annotated[int, typer.Option(help="answers a file; what a stop can cost")] = 128,
+) -> None:
+    """Let the target answer prompts, and write its answers for `demur distill`."""
+    from osd.prompts import general_prompts, read_prompts
+    from osd.synthesize import run
+
+    try:
+        if ensemble is None:
+            init_default(default_folder(), typer.echo)
+        chosen = [
+            messages
+            for file in prompts or []
+            for messages, _ in zip(read_prompts(file), range(limit or 10**9), strict=False)
+        ]
+        chosen += general_prompts() if general else []
+        if not chosen:
+            raise typer.BadParameter("give --prompts, --general or both")
+        asyncio.run(
+            run(
+                ensemble or default_folder(),
+                out.expanduser(),
+                chosen,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                per_part=per_part,
+            )
+        )
+    except (DraftsError, OsdError) as error:
+        _fail(error)
+
+
+def distill(
+    config: Annotated[Path, typer.Argument(help="YAML file; docs/distillation.md has its fields")],
+) -> None:
+    """Distil drafts as a configuration says; run again to go on after a stop."""
+    from osd.config import read_config
+    from osd.trainer import train
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        result = train(read_config(config))
+    except (DraftsError, OsdError) as error:
+        _fail(error)
+    typer.echo(f"before: {result.before}\nafter:  {result.after}")
+    typer.echo(f"serve it: demur serve --ensemble {result.ensemble}")
+
+
+def _fail(error: Exception) -> None:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    raise typer.Exit(1) from error

@@ -1,0 +1,94 @@
+"""How far drafts are from the posterior mean, and from each other, on texts nobody trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drafts.divergence import measures
+from osd.corpus import Text
+from osd.students import Trainee
+from osd.teacher import Batch, Teacher, collate
+
+_ROWS = 64
+_TEXTS = 8
+
+
+class Agreement(NamedTuple):
+    """Means over held-out response tokens, in nats."""
+
+    kl_drafts: float  # (1/K) sum_k KL(p_T || q_k)
+    kl_mixture: float  # KL(p_T || q_bar)
+    jsd: float  # of the drafts among themselves: near zero, they have collapsed
+    epistemic: float  # jsd + KL(q_bar || p), what the service would answer
+    reference: float  # EU*, corrected for the number of draws
+
+
+class HeldOut:
+    """Texts, their hidden states at some draws of the posterior, and nothing of size V.
+
+    Args:
+        draws: how many draws make p_T.
+        seed: of the first of them.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        texts: Sequence[Text],
+        *,
+        layers: Sequence[int],
+        draws: int,
+        max_tokens: int,
+        seed: int,
+    ) -> None:
+        self.head_Vd = teacher.head_Vd
+        ordered = sorted(texts, key=lambda text: len(text.token_ids))
+        self.batches: list[tuple[Batch, dict[int, Tensor], Tensor, list[Tensor]]] = []
+        for start in range(0, len(ordered), _TEXTS):
+            batch = collate(ordered[start : start + _TEXTS], max_tokens, self.head_Vd.device)
+            final, states = teacher.states(batch, layers)
+            members = [teacher.draw(batch, seed + draw) for draw in range(draws)]
+            self.batches.append((batch, states, batch.rows(final).float(), members))
+
+    @torch.no_grad()
+    def measure(self, students: Sequence[Trainee]) -> Agreement:
+        """Compare the drafts of all students with p_T."""
+        totals = torch.zeros(len(Agreement._fields), dtype=torch.float64)
+        n_tokens = 0
+        for batch, states, h, members in self.batches:
+            drafts = [draft for s in students for draft in s.drafts(batch, states, h)]
+            n_tokens += len(h)
+            for start in range(0, len(h), _ROWS):
+                rows = slice(start, start + _ROWS)
+                logq_KTV = torch.stack([_logp(d.h_Td[rows], d.head_Vd) for d in drafts])
+                logp_MTV = torch.stack([_logp(m[rows], self.head_Vd) for m in members])
+                totals += _sums(logq_KTV, logp_MTV, _logp(h[rows], self.head_Vd))
+        return Agreement(*(totals / n_tokens).tolist())
+
+
+def _sums(logq_KTV: Tensor, logp_MTV: Tensor, logp_TV: Tensor) -> Tensor:
+    served = measures(logq_KTV, logp_TV)
+    n_draws = logp_MTV.shape[0]
+    reference = measures(logp_MTV, logp_TV).jsd * n_draws / (n_draws - 1)
+    mean_TV = logp_MTV.exp().mean(0)
+    entropy_T = -(mean_TV * mean_TV.clamp_min(1e-38).log()).sum(-1)
+    cross_KT = -(logq_KTV * mean_TV).sum(-1)
+    mixture_TV = logq_KTV.exp().mean(0).clamp_min(1e-38).log()
+    cross_mixture_T = -(mixture_TV * mean_TV).sum(-1)
+    rows = (
+        cross_KT.mean(0) - entropy_T,
+        cross_mixture_T - entropy_T,
+        served.jsd,
+        served.epistemic,
+        reference,
+    )
+    return torch.stack([row.double().sum().cpu() for row in rows])
+
+
+def _logp(h_Td: Tensor, head_Vd: Tensor) -> Tensor:
+    return torch.log_softmax(F.linear(h_Td, head_Vd).float(), -1)

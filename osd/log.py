@@ -1,0 +1,92 @@
+"""A run's log: one CSV row a step, and a plot of it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from osd.evaluate import Agreement
+
+_STEP = ("step", "loss", "rate", "tokens_per_second")
+_COLUMNS = (*_STEP, *Agreement._fields)
+
+
+class RunLog:
+    """`log.csv` in a run's folder.
+
+    Args:
+        keep_until: rows of later steps, which a killed run left behind its checkpoint, are dropped.
+    """
+
+    def __init__(self, run: Path, keep_until: int) -> None:
+        self.file = run / "log.csv"
+        self.rows: list[dict[str, str]] = []
+        if self.file.exists() and keep_until > 0:
+            with self.file.open(newline="") as lines:
+                self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) <= keep_until]
+        with self.file.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, _COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def add(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        rate: float | None = None,
+        tokens_per_second: float | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:
+        """Append a row; what was not measured stays empty."""
+        values = {"loss": loss, "rate": rate, "tokens_per_second": tokens_per_second}
+        if agreement is not None:
+            values |= agreement._asdict()
+        row = dict.fromkeys(_COLUMNS, "") | {"step": str(step)}
+        row |= {name: f"{value:.6g}" for name, value in values.items() if value is not None}
+        self.rows.append(row)
+        with self.file.open("a", newline="") as lines:
+            csv.DictWriter(lines, _COLUMNS).writerow(row)
+
+    def measured(self) -> list[tuple[int, Agreement]]:
+        """Steps at which the drafts were measured on held-out texts."""
+        return [
+            (int(row["step"]), Agreement(*(float(row[name]) for name in Agreement._fields)))
+            for row in self.rows
+            if row["jsd"]
+        ]
+
+    def first(self) -> Agreement:
+        """What was measured before the first step."""
+        return self.measured()[0][1]
+
+    def last(self) -> Agreement:
+        """What was measured last."""
+        return self.measured()[-1][1]
+
+    def state(self) -> dict[str, str]:
+        """For a progress bar: the last held-out values."""
+        if not self.measured():
+            return {}
+        last = self.last()
+        return {"kl": f"{last.kl_drafts:.4f}", "jsd": f"{last.jsd:.4f}"}
+
+    def plot(self) -> None:
+        """`log.png`: the loss, and what was measured on held-out texts."""
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        steps = [(int(row["step"]), float(row["loss"])) for row in self.rows if row["loss"]]
+        left.plot(*zip(*steps, strict=True), linewidth=0.8)
+        left.set(xlabel="step", ylabel="loss, nats")
+        measured = self.measured()
+        for name in Agreement._fields:
+            values = [getattr(agreement, name) for _, agreement in measured]
+            right.plot([step for step, _ in measured], values, label=name)
+        right.set(xlabel="step", ylabel="held out, nats", ylim=(0, None))
+        right.legend()
+        figure.savefig(self.file.with_suffix(".png"), dpi=120)
+        pyplot.close(figure)

@@ -1,0 +1,152 @@
+"""What drafts are trained to minimise. Pure tensors; T is tokens, d hidden size, V vocabulary.
+
+Online stochastic distillation (OSD, arXiv 2602.01956): each step draws one theta ~ pi_T and
+minimises the forward KL(p_theta || q), teacher first. Cross-entropy is linear in the teacher, so
+the expected gradient is that of KL(p_T || q), and the posterior mean is distilled without ever
+being held. It holds for the forward KL only.
+
+Teachers are given by their final hidden states (d floats a token), from which the LM head makes
+the full distribution again.
+
+`residual` drafts learn the distribution of the teacher's moves of the final hidden state, as a
+latent factor model (Gaussian distillation, arXiv 2510.19290):
+
+    m = mu + Phi z + sigma * eps,    z ~ N(0, I_q), eps ~ N(0, I_r)
+
+in coordinates m in which the squared length is twice the KL that a small move costs on average:
+those of the target's average Fisher metric, pulled back through its LM head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows whose logits are held at once; 128 x 152k x float32 are 78 MB.
+_ROWS = 128
+
+
+class Student(NamedTuple):
+    """A row's loss needs these: hidden states [T, d'] and the LM head [V, d'] above them."""
+
+    h_Td: Tensor
+    head_Vd: Tensor
+
+
+def forward_kl(student: Student, teacher_h_Td: Tensor, teacher_head_Vd: Tensor) -> Tensor:
+    """Mean over tokens of KL(p_teacher || q_student), in nats; differentiable in the student.
+
+    Logits exist for a block of rows at a time, and gradients are taken with the loss, so memory
+    does not grow with T.
+    """
+    loss: Tensor = _ForwardKL.apply(*student, teacher_h_Td, teacher_head_Vd)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ForwardKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_Td: Tensor, head_Vd: Tensor, teacher_h_Td: Tensor, teacher_head_Vd: Tensor
+    ) -> Tensor:
+        n_tokens = h_Td.shape[0]
+        grad_h = torch.zeros_like(h_Td)
+        grad_head = (
+            torch.zeros_like(head_Vd, dtype=torch.float32) if head_Vd.requires_grad else None
+        )
+        loss = torch.zeros((), dtype=torch.float64, device=h_Td.device)
+        for start in range(0, n_tokens, _ROWS):
+            rows = slice(start, start + _ROWS)
+            logp = torch.log_softmax(F.linear(teacher_h_Td[rows], teacher_head_Vd).float(), -1)
+            logq = torch.log_softmax(F.linear(h_Td[rows], head_Vd).float(), -1)
+            p = logp.exp()
+            loss += (p * (logp - logq)).sum().double()
+            # d KL / d logits = q - p
+            grad_logits = logq.exp_().sub_(p).div_(n_tokens)
+            grad_h[rows] = (grad_logits.to(head_Vd.dtype) @ head_Vd).to(h_Td.dtype)
+            if grad_head is not None:
+                grad_head += grad_logits.T @ h_Td[rows].float()
+        ctx.save_for_backward(grad_h, grad_head)
+        return (loss / n_tokens).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        grad_h, grad_head = ctx.saved_tensors
+        return grad * grad_h, None if grad_head is None else grad * grad_head, None, None
+
+
+class Moves(NamedTuple):
+    """A latent factor model of moves m: means [T, r], factors [T, r, q], scales [T, r]."""
+
+    mu_Tr: Tensor
+    phi_Trq: Tensor
+    sigma_Tr: Tensor
+
+
+def latent_factor_nll(moves: Moves, m_Tr: Tensor, group_T: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood of moves, in nats a token, with z integrated out.
+
+    The closed marginal N(mu, Phi Phi^T + diag sigma^2), by Woodbury and the determinant lemma: what
+    EM climbs to, without its two steps.
+
+    Args:
+        moves: the model.
+        m_Tr: what the teacher did.
+        group_T: tokens with the same number (0 to G - 1) share one z, as those of one draw of the
+            weights do in the model of arXiv 2510.19290; None gives each token its own.
+    """
+    mu, phi, sigma = moves
+    n_tokens, rank, n_factors = phi.shape
+    scaled = (m_Tr - mu) / sigma
+    phi_s = phi / sigma.unsqueeze(-1)
+    inner = phi_s.transpose(1, 2) @ phi_s  # [T, q, q]
+    cross = (phi_s.transpose(1, 2) @ scaled.unsqueeze(-1)).squeeze(-1)  # [T, q]
+    if group_T is not None:
+        n_groups = int(group_T.max()) + 1
+        inner = inner.new_zeros(n_groups, n_factors, n_factors).index_add(0, group_T, inner)
+        cross = cross.new_zeros(n_groups, n_factors).index_add(0, group_T, cross)
+    precision = inner + torch.eye(n_factors, dtype=inner.dtype, device=inner.device)
+    factor = torch.linalg.cholesky(precision)
+    white = torch.linalg.solve_triangular(factor, cross.unsqueeze(-1), upper=False)
+    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum()
+    total: Tensor = scaled.square().sum() - white.square().sum() + log_det + 2 * sigma.log().sum()
+    return 0.5 * (total / n_tokens + rank * math.log(2 * math.pi))
+
+
+class FisherBasis(NamedTuple):
+    """Coordinates of moves: m = delta @ into_dr, delta = m @ basis_dr.T (its nearest move)."""
+
+    basis_dr: Tensor
+    into_dr: Tensor
+    kept: float  # share of the metric's trace that r directions hold
+
+
+def fisher_metric(h_Td: Tensor, head_Vd: Tensor) -> Tensor:
+    """The average Fisher metric of softmax(W h), on h: E[W^T (diag p - p p^T) W], [d, d].
+
+    A small move delta of h changes the distribution by KL = 1/2 delta^T G delta.
+    """
+    d = h_Td.shape[1]
+    metric = torch.zeros(d, d, dtype=torch.float64, device=h_Td.device)
+    p_sum = torch.zeros(head_Vd.shape[0], device=h_Td.device)
+    head = head_Vd.float()
+    for start in range(0, h_Td.shape[0], _ROWS):
+        p = torch.softmax(h_Td[start : start + _ROWS].float() @ head.T, -1)
+        p_sum += p.sum(0)
+        mean = p @ head
+        metric -= (mean.T @ mean).double()
+    metric += (head.T @ (head * p_sum.unsqueeze(-1))).double()
+    return (metric / h_Td.shape[0]).float()
+
+
+def fisher_basis(metric_dd: Tensor, rank: int) -> FisherBasis:
+    """The `rank` directions that move probabilities most, scaled to unit metric."""
+    values, vectors = torch.linalg.eigh(metric_dd.double())
+    values, vectors = values.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
+    root = values.clamp_min(float(values[0]) * 1e-10).sqrt()
+    kept = float(values.sum() / metric_dd.double().trace())
+    return FisherBasis((vectors / root).float(), (vectors * root).float(), kept)

@@ -1,0 +1,246 @@
+"""What is trained: a student of each kind of draft, behind one small interface.
+
+A student reads some of the target's hidden states, gives a loss against a teacher's final hidden
+states [T, d], and the final states [T, d] (with the LM head above them) of the drafts made of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from drafts.residual import ResidualConfig, ResidualHead
+from osd.config import ExitDrafts, ModelDrafts, ResidualDrafts
+from osd.objectives import FisherBasis, Moves, Student, forward_kl, latent_factor_nll
+from osd.teacher import Batch
+
+
+class Trainee(Protocol):
+    """A student as the trainer sees it."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The target's layers whose output it reads, ascending."""
+        ...
+
+    def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
+        """Against a teacher's final states [T, d]; `h` [T, d] are the target's own."""
+        ...
+
+    def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
+        """Final states and LM head of each draft that the student gives."""
+        ...
+
+    def save(self, folder: Path) -> list[dict[str, object]]:
+        """Write the finished weights; return what a manifest says of its drafts, without names."""
+        ...
+
+
+class ResidualStudent:
+    """Learns where draws of the posterior move the target's final hidden state."""
+
+    def __init__(
+        self,
+        config: ResidualDrafts,
+        head_Vd: Tensor,
+        fisher: FisherBasis,
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.head_Vd = head_Vd
+        self.layers = tuple(sorted(config.taps))
+        self.into_dr = fisher.into_dr
+        shape = ResidualConfig(
+            hidden_size=head_Vd.shape[1],
+            taps=list(self.layers),
+            rank=config.rank,
+            factors=config.factors,
+            width=config.width,
+            draws=config.draws,
+        )
+        generator = torch.Generator().manual_seed(seed)
+        self.head = ResidualHead(shape).initialise(generator)
+        z, eps = quadrature(config.draws, config.factors, config.rank, generator)
+        with torch.no_grad():
+            self.head.basis.copy_(fisher.basis_dr)
+            self.head.z.copy_(z)
+            self.head.eps.copy_(eps)
+        self.module = self.head.to(head_Vd.device)
+
+    def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
+        moves = Moves(*self.head.latent(h, self._taps(batch, states)))
+        m_Tr = (teacher.float() - h.float()) @ self.into_dr
+        group = torch.zeros_like(batch.text_T) if self.config.shared_z else None
+        return latent_factor_nll(moves, m_Tr, group) / self.config.rank
+
+    def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
+        moved = self.head(h, self._taps(batch, states), list(range(self.config.draws)))
+        return [Student(state, self.head_Vd) for state in moved]
+
+    def save(self, folder: Path) -> list[dict[str, object]]:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(self.head.config.model_dump_json(indent=1))
+        weights = {
+            name: tensor.cpu().contiguous() for name, tensor in self.head.state_dict().items()
+        }
+        save_file(weights, folder / "model.safetensors")
+        return [
+            {"kind": "residual", "source": folder.name, "draw": draw}
+            for draw in range(self.config.draws)
+        ]
+
+    def _taps(self, batch: Batch, states: dict[int, Tensor]) -> list[Tensor]:
+        return [batch.rows(states[layer]) for layer in self.layers]
+
+
+def quadrature(
+    draws: int, factors: int, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draws (z [n, q], eps [n, r]) of N(0, I) whose first two moments are nearly exact for small n.
+
+    In opposite pairs, so odd moments vanish; signs for eps, so that each coordinate's variance is
+    exactly 1; rows of z orthogonal and of length sqrt(q) as far as they go. What drafts cost grows
+    with their number: few, well placed draws give the mean KL with less noise than random ones.
+    """
+    pairs = (draws + 1) // 2
+    z = torch.randn(pairs, factors, generator=generator)
+    for start in range(0, pairs, factors):
+        block = z[start : start + factors]
+        block.copy_(torch.linalg.qr(block.T).Q.T * factors**0.5)
+    eps = torch.randint(0, 2, (pairs, rank), generator=generator).float() * 2 - 1
+    both = [torch.stack([half, -half], dim=1).flatten(0, 1)[:draws] for half in (z, eps)]
+    return both[0], both[1]
+
+
+class ExitStudent:
+    """Own layers on the target's hidden state, under the target's LM head."""
+
+    def __init__(
+        self, config: ExitDrafts, folder: Path, head_Vd: Tensor, dtype: torch.dtype, seed: int
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.head_Vd = head_Vd
+        self.dtype = dtype
+        self.layers = (config.layer,)
+        model = _load_exit(folder)
+        self.module = _trainable(model, config.lora_rank, seed).to(head_Vd.device)
+
+    def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
+        return forward_kl(self._student(batch, states), teacher, self.head_Vd)
+
+    def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
+        return [self._student(batch, states)]
+
+    def save(self, folder: Path) -> list[dict[str, object]]:
+        _save(self.module, self.folder, folder)
+        return [{"kind": "exit", "source": folder.name, "layer": self.config.layer}]
+
+    def _student(self, batch: Batch, states: dict[int, Tensor]) -> Student:
+        with _compute(self.dtype, self.head_Vd.device):
+            out = _base(self.module)(
+                inputs_embeds=states[self.config.layer], attention_mask=batch.mask_BL
+            )
+        return Student(batch.rows(out.last_hidden_state).to(self.head_Vd.dtype), self.head_Vd)
+
+
+class ModelStudent:
+    """An independent small language model."""
+
+    def __init__(
+        self,
+        config: ModelDrafts,
+        folder: Path,
+        teacher_head_Vd: Tensor,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        self.folder = folder
+        self.teacher_head_Vd = teacher_head_Vd
+        self.dtype = dtype
+        self.layers = ()
+        self.module = _trainable(_load(folder), config.lora_rank, seed).to(teacher_head_Vd.device)
+
+    def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
+        (student,) = self.drafts(batch, states, h)
+        return forward_kl(student, teacher, self.teacher_head_Vd)
+
+    def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
+        with _compute(self.dtype, self.teacher_head_Vd.device):
+            out = _base(self.module)(batch.ids_BL, attention_mask=batch.mask_BL)
+        head = self.module.get_output_embeddings().weight
+        return [Student(batch.rows(out.last_hidden_state).to(head.dtype), head)]
+
+    def save(self, folder: Path) -> list[dict[str, object]]:
+        _save(self.module, self.folder, folder)
+        for file in self.folder.glob("tokenizer*"):
+            shutil.copy(file, folder)
+        return [{"kind": "model", "source": folder.name}]
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # Float32 master weights; autocast narrows them for the forward pass.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model.config.use_cache = False
+    return model
+
+
+def _load_exit(folder: Path) -> Any:
+    """The layers and norm of an `exit` checkpoint; it has no embedding and no head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, use_cache=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.base_model.embed_tokens = nn.Identity()
+    model.lm_head = nn.Identity()
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return model
+
+
+def _trainable(model: Any, lora_rank: int | None, seed: int) -> Any:
+    if lora_rank is None:
+        return model.train()
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+    return get_peft_model(model, config).train()
+
+
+def _base(module: Any) -> Any:
+    """The decoder under the LM head, peft's wrapper looked through."""
+    model = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return model.base_model
+
+
+def _compute(dtype: torch.dtype, device: torch.device) -> Any:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _save(module: Any, start: Path, folder: Path) -> None:
+    """Write a checkpoint of the form it started from, low-rank updates merged in."""
+    model = module
+    if hasattr(module, "merge_and_unload"):
+        model = copy.deepcopy(module).merge_and_unload()
+    folder.mkdir(parents=True)
+    config = json.loads((start / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shared = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    weights = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
+        if name not in shared
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

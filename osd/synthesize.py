@@ -1,0 +1,112 @@
+"""The target's own answers to prompts, written as token ids: what drafts are distilled on.
+
+    demur synthesize --prompts train.jsonl --general --out ~/.cache/demur/corpus
+
+Answers are sampled at temperature 1, since a draft has to know the target where the target goes.
+What was written stays: the command run again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from drafts.engine import Engine, EngineConfig
+from drafts.manifest import load_ensemble
+from drafts.text import TextEncoder
+from osd.corpus import Corpus, Text
+from osd.prompts import Messages
+from osd.shards import conversation_key
+
+
+async def run(
+    ensemble: Path,
+    out: Path,
+    prompts: Sequence[Messages],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    per_part: int,
+) -> Corpus:
+    """Start an engine, answer the prompts into `out`, stop the engine.
+
+    Raises:
+        CorpusError: if `out` holds answers made otherwise.
+    """
+    loaded = load_ensemble(ensemble)
+    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    about = {
+        "target": loaded.manifest.name,
+        "prompts": len(prompts),
+        "prompts_sha256": digest,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "per_part": per_part,
+    }
+    corpus = Corpus(out, about)
+    encoder = TextEncoder(loaded.target_path)
+    length = min(4096, loaded.target_config.max_position_embeddings)
+    engine = await Engine.start(
+        EngineConfig(ensemble=ensemble, max_num_seqs=128, max_model_len=length, kv_cache_gib=2.0)
+    )
+    try:
+        await synthesize(engine, encoder, corpus, prompts)
+    finally:
+        await engine.shutdown()
+    return corpus
+
+
+async def synthesize(
+    engine: Engine, encoder: TextEncoder, corpus: Corpus, prompts: Sequence[Messages]
+) -> int:
+    """Answer each prompt once and add the texts to the corpus, part by part.
+
+    Returns:
+        The number of texts written now; parts that were there are not made again.
+    """
+    about = corpus.about
+    size = int(about["per_part"])
+    written = 0
+    with tqdm(total=len(prompts), desc="synthesize", unit="text") as bar:
+        for part, start in enumerate(range(0, len(prompts), size)):
+            chunk = prompts[start : start + size]
+            if part not in corpus:
+                texts = await asyncio.gather(
+                    *(
+                        _answer(
+                            engine, encoder, messages, about["max_new_tokens"], about["temperature"]
+                        )
+                        for messages in chunk
+                    )
+                )
+                corpus.add(part, [text for text in texts if text is not None])
+                written += len(chunk)
+            bar.update(len(chunk))
+    return written
+
+
+async def _answer(
+    engine: Engine,
+    encoder: TextEncoder,
+    messages: Messages,
+    max_new_tokens: int,
+    temperature: float,
+) -> Text | None:
+    """A text, or None if the prompt leaves no room for an answer."""
+    prompt = encoder.token_ids(encoder.render(messages), rendered=True)
+    room = min(max_new_tokens, engine.max_tokens - len(prompt))
+    if room < 1:
+        return None
+    response = await engine.generate(prompt, max_new_tokens=room, temperature=temperature)
+    if not response:
+        return None
+    return Text(
+        key=conversation_key(messages=messages),
+        response_start=len(prompt),
+        token_ids=[*prompt, *response],
+    )

@@ -1,0 +1,285 @@
+"""The trainer: distils a target's posterior into data-diverse drafts.
+
+    result = train(read_config(Path("distill.yaml")))
+
+One step of a student: take a batch of its own shard, draw one theta from the posterior, run the
+target as it is and at theta, and move the student towards theta's distribution (OSD). Students are
+independent of each other; they advance together so that their disagreement can be watched.
+
+In the run's folder: `log.csv`, `log.png`, checkpoints to go on from, and at the end `ensemble/`,
+which `demur serve --ensemble` takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from drafts.init import copy_exit, write_manifest
+from drafts.manifest import load_ensemble, resolve_source
+from osd import checkpoint
+from osd.config import DistillConfig, ExitDrafts, ModelDrafts, ResidualDrafts
+from osd.corpus import Corpus, Text
+from osd.errors import ConfigError, OsdError
+from osd.evaluate import Agreement, HeldOut
+from osd.log import RunLog
+from osd.objectives import FisherBasis, fisher_basis, fisher_metric
+from osd.posterior import WeightPosterior
+from osd.schedule import batch_at, derived_seed, learning_rate
+from osd.shards import shard_of
+from osd.students import ExitStudent, ModelStudent, ResidualStudent, Trainee
+from osd.teacher import Teacher, collate
+
+# What may change between a run and its going on.
+_FREE = {"run", "device", "evaluate_every", "checkpoint_every"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    ensemble: Path
+    before: Agreement
+    after: Agreement
+
+
+def train(config: DistillConfig) -> Result:
+    """Train, from the run's last checkpoint if there is one, and write the ensemble.
+
+    Raises:
+        OsdError: if the configuration, the corpus or a checkpoint cannot be used, or the loss
+            stopped being a number.
+    """
+    run = Run(config)
+    before = run.held_out.measure(run.students) if run.step == 0 else run.log.first()
+    if run.step == 0:
+        run.log.add(0, agreement=before)
+    for _ in run.steps():
+        if run.step % config.evaluate_every == 0 or run.step == config.steps:
+            run.evaluate()
+        if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+            run.save()
+    run.log.plot()
+    return Result(run.write_ensemble(), before, run.log.last())
+
+
+class Run:
+    """Everything that a training run holds."""
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.config = config
+        self.target_path = resolve_source(Path.cwd(), config.target, config.revision)
+        self.teacher = _teacher(config, self.target_path)
+        texts = Corpus(config.corpus).read(self.teacher.model.config.vocab_size)
+        usable = [text for text in texts if text.response_start < config.max_tokens]
+        held_out, training = split(usable, config.held_out)
+        count = config.drafts.students
+        self.texts = shards(training, count) if config.diverse else [training] * count
+        self.students = _students(config, self.target_path, self.teacher, training)
+        self.layers = sorted({layer for student in self.students for layer in student.layers})
+        self.held_out = HeldOut(
+            self.teacher,
+            held_out,
+            layers=self.layers,
+            draws=config.held_out_draws,
+            max_tokens=config.max_tokens,
+            seed=derived_seed(config.seed, "held out"),
+        )
+        self.optimisers = [
+            torch.optim.AdamW(
+                [p for p in student.module.parameters() if p.requires_grad],
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                betas=(0.9, 0.95),
+            )
+            for student in self.students
+        ]
+        config.run.mkdir(parents=True, exist_ok=True)
+        modules = [student.module for student in self.students]
+        self.step = checkpoint.load_last(config.run, _fixed(config), modules, self.optimisers)
+        self.log = RunLog(config.run, keep_until=self.step)
+
+    def steps(self) -> Iterator[int]:
+        """Train step by step; yields after each, `self.step` being the number of steps done."""
+        config = self.config
+        with tqdm(total=config.steps, initial=self.step, desc="distil", unit="step") as bar:
+            while self.step < config.steps:
+                started, n_tokens, losses = time.monotonic(), 0, []
+                rate = learning_rate(self.step, config.steps, config.learning_rate, config.warmup)
+                for number in range(len(self.students)):
+                    loss, tokens = self._student_step(number, rate)
+                    losses.append(loss)
+                    n_tokens += tokens
+                self.step += 1
+                mean = sum(losses) / len(losses)
+                per_second = n_tokens / (time.monotonic() - started)
+                self.log.add(self.step, loss=mean, rate=rate, tokens_per_second=per_second)
+                shown = {"loss": f"{mean:.4f}", "tok/s": f"{per_second:.0f}"}
+                bar.set_postfix(shown | self.log.state())
+                bar.update()
+                yield self.step
+
+    def _student_step(self, number: int, rate: float) -> tuple[float, int]:
+        """One optimiser step of one student; its loss, and the tokens that it saw."""
+        config, student, optimiser = self.config, self.students[number], self.optimisers[number]
+        total, n_tokens = 0.0, 0
+        for part in range(config.accumulate):
+            index = self.step * config.accumulate + part
+            order = derived_seed(config.seed, "order", number)
+            texts = batch_at(self.texts[number], index, config.texts, order)
+            batch = collate(texts, config.max_tokens, self.teacher.head_Vd.device)
+            final, states = self.teacher.states(batch, student.layers)
+            h = batch.rows(final).float()
+            if config.teacher == "posterior":
+                teacher = self.teacher.draw(batch, derived_seed(config.seed, "draw", number, index))
+            else:
+                teacher = h
+            try:
+                loss = student.loss(batch, states, h, teacher) / config.accumulate
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise self._diverged(number) from error
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            n_tokens += int(batch.mask_BL.sum())
+        parameters = [p for p in student.module.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        if not bool(torch.isfinite(norm)):
+            raise self._diverged(number)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+        optimiser.zero_grad()
+        return total, n_tokens
+
+    def _diverged(self, number: int) -> OsdError:
+        return OsdError(
+            f"step {self.step}, student {number}: the loss or its gradient is not finite; lower "
+            "the learning rate. The last checkpoint is whole"
+        )
+
+    def evaluate(self) -> None:
+        """Measure the drafts on held-out texts."""
+        self.log.add(self.step, agreement=self.held_out.measure(self.students))
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        modules = [student.module for student in self.students]
+        checkpoint.save(self.config.run, self.step, _fixed(self.config), modules, self.optimisers)
+
+    def write_ensemble(self) -> Path:
+        """The finished drafts as a folder that the service takes; replaces one from before."""
+        building = self.config.run / "ensemble.partial"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        drafts: list[dict[str, object]] = []
+        for student, letter in zip(self.students, letters(), strict=False):
+            for entry in student.save(building / f"student_{letter}"):
+                drafts.append(entry)
+        named = [
+            {"name": f"draft_{letter}", **entry}
+            for entry, letter in zip(drafts, letters(), strict=False)
+        ]
+        digest = hashlib.sha256()
+        for file in sorted(building.rglob("*.safetensors")):
+            digest.update(file.read_bytes())
+        version = f"{self.config.drafts.kind}-{self.step}-{digest.hexdigest()[:8]}"
+        write_manifest(building, self.config.name, version, str(self.target_path), named)
+        load_ensemble(building)
+        folder = self.config.run / "ensemble"
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+        return folder
+
+
+def split(texts: list[Text], held_out: int) -> tuple[list[Text], list[Text]]:
+    """Held-out texts and the rest, by conversation: none has texts in both."""
+    keys = sorted({text.key for text in texts}, key=lambda key: derived_seed("held out", key))
+    if len(keys) <= held_out:
+        raise ConfigError(f"{len(keys)} conversations are too few to hold {held_out} out")
+    kept = set(keys[:held_out])
+    return (
+        [text for text in texts if text.key in kept],
+        [text for text in texts if text.key not in kept],
+    )
+
+
+def shards(texts: list[Text], count: int) -> list[list[Text]]:
+    """The disjoint shards that students learn from (DDD)."""
+    parts: list[list[Text]] = [[] for _ in range(count)]
+    for text in texts:
+        parts[shard_of(text.key, count)].append(text)
+    if empty := [number for number, part in enumerate(parts) if not part]:
+        raise ConfigError(f"shards {empty} of {count} have no texts; the corpus is too small")
+    return parts
+
+
+def letters() -> Iterator[str]:
+    """a, b, ..., z, aa, ab, ...: drafts' names hold no digits."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    yield from alphabet
+    yield from (one + two for one in alphabet for two in alphabet)
+
+
+def _fixed(config: DistillConfig) -> dict[str, Any]:
+    """The part of the configuration that a run that goes on must share."""
+    values: dict[str, Any] = json.loads(config.model_dump_json(exclude=_FREE))
+    return values
+
+
+def _teacher(config: DistillConfig, target: Path) -> Teacher:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        target, dtype=getattr(torch, config.dtype), local_files_only=True
+    ).to(config.device)
+    posterior = WeightPosterior(model, config.posterior, cache=config.run.parent / "svd")
+    return Teacher(model, posterior)
+
+
+def _students(
+    config: DistillConfig, target: Path, teacher: Teacher, texts: list[Text]
+) -> list[Trainee]:
+    drafts, dtype = config.drafts, getattr(torch, config.dtype)
+    seeds = [derived_seed(config.seed, "student", number) for number in range(drafts.students)]
+    if isinstance(drafts, ResidualDrafts):
+        fisher = _fisher(config, drafts, teacher, texts)
+        return [ResidualStudent(drafts, teacher.head_Vd, fisher, seed) for seed in seeds]
+    if isinstance(drafts, ModelDrafts):
+        source = resolve_source(Path.cwd(), drafts.source, drafts.revision)
+        return [ModelStudent(drafts, source, teacher.head_Vd, dtype, seed) for seed in seeds]
+    start = _exit_start(config, drafts, target)
+    return [ExitStudent(drafts, start, teacher.head_Vd, dtype, seed) for seed in seeds]
+
+
+def _exit_start(config: DistillConfig, drafts: ExitDrafts, target: Path) -> Path:
+    folder = config.run / f"start-{drafts.own_layers}"
+    if not folder.exists():
+        building = config.run / f"{folder.name}.partial"
+        shutil.rmtree(building, ignore_errors=True)
+        copy_exit(target, building, drafts.own_layers, drafts.layer)
+        building.rename(folder)
+    return folder
+
+
+def _fisher(
+    config: DistillConfig, drafts: ResidualDrafts, teacher: Teacher, texts: list[Text]
+) -> FisherBasis:
+    """The metric's directions, from the target's own states on training texts."""
+    rows, count, index = [], 0, 0
+    while count < drafts.fisher_rows:
+        chosen = batch_at(texts, index, config.texts, derived_seed(config.seed, "fisher"))
+        batch = collate(chosen, config.max_tokens, teacher.head_Vd.device)
+        final, _ = teacher.states(batch)
+        rows.append(batch.rows(final).float())
+        count += len(rows[-1])
+        index += 1
+    return fisher_basis(fisher_metric(torch.cat(rows), teacher.head_Vd), drafts.rank)

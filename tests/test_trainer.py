@@ -1,0 +1,275 @@
+"""The trainer on a tiny target: it learns, goes on exactly after a kill, and refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from drafts.manifest import load_ensemble
+from drafts.reference import Reference
+from osd.config import DistillConfig, read_config
+from osd.corpus import Corpus, Text
+from osd.errors import CheckpointError, ConfigError, CorpusError, OsdError
+from osd.schedule import batch_at, learning_rate
+from osd.trainer import shards, split, train
+from tests.tiny import save_lm
+
+RESIDUAL = {
+    "kind": "residual",
+    "students": 2,
+    "draws": 2,
+    "taps": [2],
+    "rank": 24,
+    "factors": 4,
+    "width": 48,
+    "fisher_rows": 256,
+}
+EXIT = {"kind": "exit", "students": 2, "layer": 2, "own_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_lm(tmp_path_factory.mktemp("distil") / "target", seed=1)
+
+
+@pytest.fixture(scope="module")
+def corpus(target: Path) -> Path:
+    """The target's own samples after random prompts, two to each."""
+    model = AutoModelForCausalLM.from_pretrained(target)
+    torch.manual_seed(0)
+    folder = target.parent / "corpus"
+    corpus = Corpus(folder, {"target": "tiny"})
+    for part in range(3):
+        texts = []
+        for key in range(part * 24, part * 24 + 24):
+            prompt = torch.randint(0, 320, (1, 4 + key % 5))
+            prompt = prompt.expand(2, -1)
+            ids = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=16,
+                pad_token_id=0,
+            )  # fmt: skip
+            texts += [
+                Text(key=key, response_start=prompt.shape[1], token_ids=row.tolist()) for row in ids
+            ]
+        corpus.add(part, texts)
+    return folder
+
+
+def configured(target: Path, corpus: Path, run: Path, **changes: Any) -> DistillConfig:
+    values: dict[str, Any] = {
+        "target": str(target),
+        "corpus": corpus,
+        "run": run,
+        "drafts": RESIDUAL,
+        "steps": 12,
+        "texts": 4,
+        "warmup": 2,
+        "learning_rate": 5e-3,
+        "dtype": "float32",
+        "held_out": 6,
+        "held_out_draws": 6,
+        "evaluate_every": 1000,
+        "checkpoint_every": 1000,
+    }
+    return DistillConfig.model_validate(values | changes)
+
+
+def weights(ensemble: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted(ensemble.glob("student_*/model.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def test_residual_students_learn_how_far_the_posterior_moves(
+    target: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config = configured(
+        target, corpus, tmp_path / "run", steps=60, evaluate_every=30, checkpoint_every=30
+    )
+    result = train(config)
+
+    def miss(agreement: Any) -> float:
+        return abs(float(agreement.epistemic) - float(agreement.reference))
+
+    assert miss(result.after) < 0.5 * miss(result.before)
+    ensemble = load_ensemble(result.ensemble)
+    assert [member.draft.name for member in ensemble.members] == [
+        f"draft_{letter}" for letter in "abcd"
+    ]
+    scores = Reference(ensemble).score([3, 5, 7, 9, 11], 2)
+    assert scores.epistemic.min() > 0
+    log = (tmp_path / "run/log.csv").read_text().splitlines()
+    assert sum(line.split(",")[1] != "" for line in log[1:]) == 60
+    assert (tmp_path / "run/log.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "changes, left", [({}, 0.9), ({"lora_rank": 4}, 0.98)], ids=["full", "lora"]
+)
+def test_exit_drafts_come_nearer_to_the_posterior_mean(
+    target: Path, corpus: Path, tmp_path: Path, changes: dict[str, Any], left: float
+) -> None:
+    config = configured(target, corpus, tmp_path / "run", drafts=EXIT | changes, steps=40)
+    result = train(config)
+    assert result.after.kl_drafts < left * result.before.kl_drafts
+    start = load_file(tmp_path / "run/start-1/model.safetensors")
+    for folder in ("student_a", "student_b"):
+        trained = load_file(result.ensemble / folder / "model.safetensors")
+        assert trained.keys() == start.keys()
+        assert any(not torch.equal(trained[name], start[name]) for name in trained)
+    scores = Reference(load_ensemble(result.ensemble)).score([3, 5, 7, 9, 11], 2)
+    assert scores.jsd.min() > 0  # each learned from a shard of its own
+
+
+def test_model_drafts_come_nearer_to_the_posterior_mean(
+    target: Path, corpus: Path, tmp_path: Path
+) -> None:
+    small = save_lm(
+        tmp_path / "small", 7, hidden_size=32, num_attention_heads=1, num_key_value_heads=1,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    drafts = {"kind": "model", "students": 2, "source": str(small)}
+    result = train(configured(target, corpus, tmp_path / "run", drafts=drafts, steps=40))
+    assert result.after.kl_drafts < 0.9 * result.before.kl_drafts
+    assert len(load_ensemble(result.ensemble).members) == 2
+
+
+@pytest.mark.parametrize("drafts", [RESIDUAL, EXIT | {"lora_rank": 2}], ids=["residual", "exit"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    target: Path, corpus: Path, tmp_path: Path, drafts: dict[str, Any]
+) -> None:
+    whole = train(configured(target, corpus, tmp_path / "whole", drafts=drafts))
+    killed = configured(target, corpus, tmp_path / "killed", drafts=drafts, checkpoint_every=2)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(json.loads(killed.model_dump_json())))
+    code = (
+        "import sys; from pathlib import Path; from osd.config import read_config; "
+        "from osd.trainer import train; train(read_config(Path(sys.argv[1])))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(file)], env=os.environ | {"TQDM_DISABLE": "1"}
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(killed.run.glob("checkpoint-??????")) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not (killed.run / "ensemble").exists(), "it ended before it was killed"
+    # What a kill in the middle of a checkpoint leaves is no checkpoint.
+    (killed.run / "checkpoint-000099.partial").mkdir(exist_ok=True)
+    resumed = train(killed)
+    got, expected = weights(resumed.ensemble), weights(whole.ensemble)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+    assert resumed.after == whole.after
+    steps = [line.split(",")[0] for line in (killed.run / "log.csv").read_text().splitlines()[1:]]
+    assert [int(step) for step in steps] == sorted(int(step) for step in steps)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_refused_by_name(
+    target: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config = configured(target, corpus, tmp_path / "run", steps=2, checkpoint_every=1)
+    train(config)
+    with pytest.raises(CheckpointError, match="another learning_rate"):
+        train(config.model_copy(update={"learning_rate": 1e-4}))
+    file = tmp_path / "run/checkpoint-000002/student-1.safetensors"
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    tensors["up.weight"][0, 0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"student-1\.safetensors: up\.weight holds NaN"):
+        train(config)
+    file.write_bytes(whole[:-20])
+    with pytest.raises(CheckpointError, match=r"student-1\.safetensors cannot be read"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda file: file.write_bytes(file.read_bytes()[:-30]),
+            "part-00001.jsonl is not what was",
+        ),
+        (lambda file: file.unlink(), "part-00001.jsonl is missing"),
+    ],
+)
+def test_a_truncated_part_of_the_corpus_is_refused_by_name(
+    target: Path, corpus: Path, tmp_path: Path, spoil: Any, message: str
+) -> None:
+    copy = tmp_path / "corpus"
+    copy.mkdir()
+    for file in corpus.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    spoil(copy / "part-00001.jsonl")
+    with pytest.raises(CorpusError, match=message):
+        train(configured(target, copy, tmp_path / "run"))
+
+
+def test_a_poisoned_part_is_refused_by_name_and_line(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path / "corpus", {"target": "tiny"})
+    corpus.add(0, [Text(key=1, response_start=1, token_ids=[1, 2, 400])])
+    with pytest.raises(CorpusError, match=r"part-00000\.jsonl:1: token 400 is beyond the vocab"):
+        corpus.read(320)
+    with pytest.raises(CorpusError, match="made with another target"):
+        Corpus(tmp_path / "corpus", {"target": "other"})
+    with pytest.raises(CorpusError, match="holds no corpus"):
+        Corpus(tmp_path / "nothing")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(target: Path, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(OsdError, match="the loss or its gradient is not"):
+        train(configured(target, corpus, tmp_path / "run", learning_rate=1e30, steps=20))
+
+
+def test_unknown_and_wrong_fields_are_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("target: t\ncorpus: c\nrun: r\nsteps: 0\nlr: 1\ndrafts: {kind: residual}\n")
+    with pytest.raises(ConfigError, match=r"steps: .*greater than 0.*lr: Extra inputs"):
+        read_config(file)
+    file.write_text("- a list\n")
+    with pytest.raises(ConfigError, match="holds no fields"):
+        read_config(file)
+
+
+def texts_of(count: int) -> list[Text]:
+    return [Text(key=n, response_start=1, token_ids=[1] * (2 + n % 9)) for n in range(count)]
+
+
+def test_students_learn_from_disjoint_shards_and_never_from_held_out_texts() -> None:
+    held_out, training = split(texts_of(200), 20)
+    parts = shards(training, 4)
+    keys = [{text.key for text in part} for part in (held_out, *parts)]
+    assert [len(keys[0]), sum(map(len, keys))] == [20, 200]
+    assert len(set().union(*keys)) == 200
+
+
+def test_an_epoch_visits_each_text_once() -> None:
+    texts = texts_of(50)
+    for epoch in range(2):
+        seen = [text.key for n in range(10) for text in batch_at(texts, epoch * 10 + n, 5, seed=3)]
+        assert sorted(seen) == list(range(50))
+    assert batch_at(texts, 0, 5, seed=3) != batch_at(texts, 10, 5, seed=3)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    rates = [learning_rate(step, 100, 1.0, 10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (n + 1) for n in range(10)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
