@@ -8,7 +8,7 @@ TORCH := torch==2.13.0+cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := .venv/.ready
-INPUTS := requirements/cpu.txt pyproject.toml clients/pyproject.toml
+INPUTS := requirements/cpu.txt pyproject.toml clients/pyproject.toml Makefile
 
 .PHONY: setup demo serve test test-fast lint format bench lock openapi clean
 
@@ -25,7 +25,9 @@ $(READY): $(INPUTS)
 	@echo "setup 3/4: the pinned packages of requirements/cpu.txt (about 1 GB; minutes)"
 	@$(PIP) install --no-deps -r requirements/cpu.txt
 	@echo "setup 4/4: demur and demur-server, editable"
-	@$(PIP) install --quiet --no-deps --no-build-isolation -e clients -e .
+	@# By path: a folder that happens to be called demur, as the clone may be, does not hide it then.
+	@$(PIP) install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat \
+		-e clients -e .
 	@touch $@
 
 demo: setup

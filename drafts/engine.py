@@ -11,6 +11,7 @@ calls may run side by side.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import shutil
 import uuid
@@ -47,7 +48,10 @@ class EngineConfig(BaseModel):
     )
     max_num_seqs: int = Field(default=64, gt=0, description="requests in one step")
     kv_cache_gib: float = Field(
-        default=1.0, ge=0, description="KV cache of all members; 0 leaves the size to vLLM"
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="KV cache of all members; 0 leaves the size to vLLM",
     )
 
 
@@ -251,6 +255,12 @@ class Engine:
         )
 
 
+def abandon_start() -> None:
+    """Make an `Engine.start` under way fail soon, by ending the processes that it has begun."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
 def _scoring_params(response_start: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -309,7 +319,10 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
     try:
         return AsyncLLM.from_engine_args(arguments)
     except Exception as error:
-        raise EngineNotReady(f"vLLM did not start: {error}") from error
+        raise EngineNotReady(
+            f"vLLM did not start: {error} If what it printed above speaks of memory, lower "
+            "max_model_len or max_num_batched_tokens; kv_cache_gib can be too high and too low"
+        ) from error
 
 
 def _check_length(ensemble: Ensemble, max_model_len: int) -> None:

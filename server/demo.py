@@ -55,7 +55,7 @@ def demo(
             default_folder(),
             lambda line: console.print(line.replace(home, "~"), style="dim"),
         )
-    except DraftsError as error:
+    except (DraftsError, OSError) as error:
         console.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(1) from error
     with _service(console) as client:
@@ -95,11 +95,12 @@ def _service(console: Console) -> Iterator[Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryFile() as log:
+    # An empty working folder: no demur.toml of the user's own.
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as empty:
         command = [str(Path(sys.executable).with_name("demur")), "serve", "--port", str(port)]
         # A session of its own, so that Ctrl-C reaches only us and we stop it in order.
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=_environment(), start_new_session=True
+            command, stdout=log, stderr=log, env=_environment(), start_new_session=True, cwd=empty
         )
         try:
             with Client(f"http://127.0.0.1:{port}") as client:

@@ -40,9 +40,9 @@ def _authorise(
         raise Unauthorized("a valid key is needed: `Authorization: Bearer <key>`")
 
 
-def _scorer(request: Request) -> Scorer:
+async def _scorer(request: Request) -> Scorer:
     state = _state(request)
-    if state.scorer is None:
+    if state.scorer is None or not await state.healthy():
         raise NotReady(state.why_not_ready(), retry_after_s=_STARTING_RETRY_S)
     return state.scorer
 

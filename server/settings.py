@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, SecretStr, model_validator
+import tomllib
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -61,8 +63,25 @@ class Settings(BaseSettings, EngineConfig):
         if named is not None and not Path(named).is_file():
             # Going on without it would drop the keys that it may hold.
             raise ValueError(f"DEMUR_CONFIG names {named}, which is no file")
-        file = TomlConfigSettingsSource(settings_cls, Path(named or "demur.toml"))
+        path = Path(named or "demur.toml")
+        try:
+            file = TomlConfigSettingsSource(settings_cls, path)
+        except (tomllib.TOMLDecodeError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
         return init_settings, env_settings, file
+
+    @field_validator("api_keys")
+    @classmethod
+    def _no_empty_key(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        # An empty one, as an unset variable leaves it, would fit a request without any key.
+        if any(not key.get_secret_value().strip() for key in keys):
+            raise ValueError("a key is empty")
+        return keys
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower_case(cls, level: Any) -> Any:
+        return level.lower() if isinstance(level, str) else level
 
     @model_validator(mode="after")
     def _a_list_fits_the_queue(self) -> Settings:
@@ -73,3 +92,24 @@ class Settings(BaseSettings, EngineConfig):
     def engine_config(self) -> EngineConfig:
         """The engine's part of the settings."""
         return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings, with those `given` over all others that are not None.
+
+    Raises:
+        ValueError: a sentence for each setting that cannot be used.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        lines = []
+        for found in error.errors(include_url=False, include_input=False):
+            name = ".".join(str(part) for part in found["loc"])
+            message = str(found["msg"]).removeprefix("Value error, ")
+            lines.append(f"{name}: {message}" if name else message)
+        raise ValueError("; ".join(lines)) from error
+    except SettingsError as error:  # only lists are parsed before they are validated
+        raise ValueError(
+            """DEMUR_API_KEYS must be a JSON list, as in '["first-key", "second-key"]'"""
+        ) from error

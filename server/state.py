@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from drafts.engine import Engine
+from drafts.engine import Engine, abandon_start
 from drafts.errors import DraftsError, EngineNotReady
 from drafts.manifest import load_ensemble
 from drafts.scores import ScoringEngine
@@ -17,6 +17,8 @@ from server.scoring import Scorer
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+_ABANDON_EVERY_S = 0.2
 
 # What brings up an engine and the texts' encoder: `start_engine`, or a fake in HTTP tests.
 Start = Callable[[Settings], Awaitable[tuple[str, ScoringEngine, TextEncoder]]]
@@ -41,6 +43,7 @@ class State:
         self.failure: str | None = None
         self._start = start
         self._starting: asyncio.Task[None] | None = None
+        self._ending = False
 
     def begin(self, on_failure: Callable[[], None]) -> None:
         """Bring the engine up in the background, so that /health and /ready answer meanwhile."""
@@ -53,14 +56,18 @@ class State:
             self._fail(str(error), on_failure)
             return
         except Exception as error:  # whatever it was, nobody else would hear of it
-            self._fail(f"{type(error).__name__}: {error}", on_failure)
             logger.exception("unexpected error while starting")
+            self._fail(f"{type(error).__name__}: {error}", on_failure)
             return
         self.scorer = Scorer(name, engine, encoder, self.settings)
+        if self._ending:
+            return
         metrics.READY.set(1)
         logger.info("ready: %s, %d drafts", name, engine.n_drafts)
 
     def _fail(self, reason: str, on_failure: Callable[[], None]) -> None:
+        if self._ending:
+            return  # stopped on purpose
         self.failure = f"the engine did not start: {reason}"
         logger.error(self.failure)
         on_failure()
@@ -72,6 +79,8 @@ class State:
         try:
             await self.scorer.engine.check_health()
         except EngineNotReady as error:
+            if self.failure is None:
+                logger.error("%s", error)
             self.failure = str(error)
             metrics.READY.set(0)
             return False
@@ -84,8 +93,10 @@ class State:
     async def end(self) -> None:
         """Stop the engine, started or not."""
         metrics.READY.set(0)
-        if self._starting is not None and not self._starting.done():
-            # A thread that builds the engine cannot be stopped: let it end, then shut it down.
-            await asyncio.wait({self._starting})
+        self._ending = True
+        while self._starting is not None and not self._starting.done():
+            # A thread that builds the engine cannot be stopped, what it waits for can.
+            abandon_start()
+            await asyncio.wait({self._starting}, timeout=_ABANDON_EVERY_S)
         if self.scorer is not None:
             await self.scorer.engine.shutdown()

@@ -12,7 +12,7 @@ from typing import Any
 import demur
 import httpx
 import pytest
-from demur import Client
+from demur import Client, DemurError
 from demur.heatmap import render
 from rich.console import Console
 from starlette.testclient import TestClient
@@ -129,3 +129,12 @@ def test_exports() -> None:
     assert demur.__all__ == sorted(demur.__all__)
     for name in demur.__all__:
         assert getattr(demur, name).__module__.startswith("demur.")
+
+
+def test_what_no_request_can_carry_is_said() -> None:
+    with pytest.raises(DemurError, match="is no URL"):
+        Client("http://[::1")
+    with pytest.raises(DemurError, match="no header can carry"):
+        Client(api_key="\u00e9")
+    with Client() as client, pytest.raises(DemurError, match="not valid Unicode"):
+        client.score("a\udcff", prompt="b")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -366,6 +368,32 @@ async def test_a_cancelled_request_leaves_the_engine_well(engine: Engine, folder
     )
     assert engine._llm.get_num_unfinished_requests() == 0
     await asyncio.wait_for(engine.swap(folder), 30)  # no cancelled request still holds the gate
+
+
+def test_no_process_is_left_of_a_front_end_that_was_killed(folder: Path) -> None:
+    code = (
+        "import asyncio, sys; from pathlib import Path; from drafts.engine import *\n"
+        "async def main():\n"
+        "    config = EngineConfig(ensemble=Path(sys.argv[1]), max_model_len=64)\n"
+        "    engine = await Engine.start(config)\n"
+        "    print('up', flush=True)\n"
+        "    await asyncio.sleep(600)\n"
+        "if __name__ == '__main__': asyncio.run(main())\n"
+    )
+    script = folder.parent / "front.py"
+    script.write_text(code)
+    with subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2
+        process.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
 
 
 async def test_zz_a_shut_down_engine_says_so(engine: Engine) -> None:

@@ -297,6 +297,13 @@ async def test_a_client_that_hangs_up_frees_its_place(service: Service) -> None:
     assert service.app.state.demur.admission.pending == 0
 
 
+async def test_a_list_for_a_dead_engine_is_refused_whole(service: Service) -> None:
+    service.engine.alive = False
+    answer = await service.client.post("/v1/score", json=[GOOD])
+    assert error_of(answer, 503)["code"] == "not_ready"
+    assert answer.headers["Retry-After"]
+
+
 async def test_a_dead_engine(service: Service) -> None:
     assert (await service.client.get("/ready")).json() == {"status": "ready"}
     service.engine.alive = False

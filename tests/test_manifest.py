@@ -182,3 +182,19 @@ def read_names(folder: Path) -> list[str]:
 def test_a_manifest_is_read_without_its_members(folder: Path) -> None:
     edit_manifest(folder, target={"source": "org/somewhere"})
     assert read_manifest(folder).target.source == "org/somewhere"
+
+
+def test_init_says_what_is_wrong_with_the_ensemble_that_is_there(tmp_path: Path) -> None:
+    folder = mixed_ensemble(tmp_path / "ensemble")
+    init_default(folder)
+    file = folder / "exit_a/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ManifestError, match=r"draft 'exit_a'.*cannot be read.*Remove .* to make"):
+        init_default(folder)
+
+
+def test_a_target_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = mixed_ensemble(tmp_path / "ensemble")
+    (tmp_path / "target-llama/tokenizer.json").unlink()
+    with pytest.raises(ManifestError, match=r"has no tokenizer\.json"):
+        load_ensemble(folder)

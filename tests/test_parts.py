@@ -20,7 +20,7 @@ from drafts.gate import Gate
 from drafts.residual import ResidualConfig, ResidualHead
 from drafts.scores import TokenScores
 from drafts.spans import find_spans
-from server.settings import Settings
+from server.settings import Settings, read_settings
 
 # Residual head.
 
@@ -244,3 +244,28 @@ def test_unknown_settings_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("DEMUR_CONFIG", str(file))
     with pytest.raises(ValidationError, match="prot"):
         Settings()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("API_KEYS", '["good", ""]', "api_keys: a key is empty"),
+        ("API_KEYS", "secret", "DEMUR_API_KEYS must be a JSON list"),
+        ("KV_CACHE_GIB", "inf", "kv_cache_gib: .*finite"),
+        ("PORT", "70000", "port: .*65535"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(f"DEMUR_{name}", value)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_settings()
+    assert "secret" not in str(raised.value)
+
+
+def test_a_broken_settings_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "demur.toml").write_text("port = = 1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"demur\.toml cannot be read"):
+        read_settings()

@@ -136,6 +136,45 @@ def test_the_command_line_scores(running: Running) -> None:
     assert "messages or prompt is missing" in refused.stderr
 
 
+def test_a_port_in_use_ends_it_before_the_engine_is_loaded(running: Running) -> None:
+    folder = running.log.parent / "ensemble"
+    port = running.url.rpartition(":")[2]
+    done = subprocess.run(
+        demur("serve", "--ensemble", str(folder), "--port", port),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "address already in use" in done.stderr
+    assert "ready:" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_it_can_be_stopped_while_it_starts(running: Running) -> None:
+    folder = running.log.parent / "ensemble"
+    with subprocess.Popen(
+        demur("serve", "--ensemble", str(folder), "--port", "0"),
+        env=os.environ | {"DEMUR_MAX_MODEL_LEN": "256"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not psutil.Process(process.pid).children(recursive=True):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    # It did not go on loading first, and does not call it a failure.
+    assert "ready:" not in log
+    assert "did not start" not in log
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
 def test_zz_stop_is_clean_and_loses_nothing(running: Running) -> None:
     """Last of this file: a request under way is answered, then every process is gone."""
     children = psutil.Process(running.process.pid).children(recursive=True)

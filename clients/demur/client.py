@@ -37,12 +37,18 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         key = api_key or os.environ.get("DEMUR_API_KEY")
-        self._http = httpx.Client(
-            base_url=base_url or os.environ.get("DEMUR_BASE_URL") or _DEFAULT_URL,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=timeout,
-            transport=transport,
-        )
+        url = base_url or os.environ.get("DEMUR_BASE_URL") or _DEFAULT_URL
+        if key and not key.isascii():
+            raise DemurError("the API key holds characters that no header can carry")
+        try:
+            self._http = httpx.Client(
+                base_url=url,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=timeout,
+                transport=transport,
+            )
+        except httpx.InvalidURL as error:
+            raise DemurError(f"{url!r} is no URL ({error})") from error
 
     def score(
         self,
@@ -96,6 +102,8 @@ class Client:
     def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **arguments)
+        except UnicodeEncodeError as error:
+            raise DemurError(f"the text is not valid Unicode ({error})") from error
         except httpx.RequestError as error:
             raise APIConnectionError(
                 f"no answer from {self._http.base_url} ({error or type(error).__name__}); "
