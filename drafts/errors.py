@@ -2,6 +2,7 @@
 
 DraftsError
 ├── ManifestError      an ensemble folder that cannot be used; the sentence says what differs
+├── StoreError         a version of the drafts store that is not there or not whole
 ├── WeightsError       draft weights that are broken, wrongly shaped or not finite
 ├── EngineNotReady     the engine is starting, stopping or dead
 └── NonFiniteError     a forward pass produced NaN or infinity
@@ -18,6 +19,10 @@ class ManifestError(DraftsError):
 
 class WeightsError(DraftsError):
     """Draft weights that are broken, wrongly shaped or not finite."""
+
+
+class StoreError(DraftsError):
+    """A version of the drafts store that is not there or not whole."""
 
 
 class EngineNotReady(DraftsError):

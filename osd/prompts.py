@@ -52,10 +52,13 @@ def read_prompts(file: Path) -> Iterator[Messages]:
 def _messages(row: Any, where: str) -> Messages:
     if isinstance(row, dict):
         if isinstance(row.get("messages"), list):
-            return [
-                {"role": str(turn["role"]), "content": str(turn["content"])}
-                for turn in row["messages"]
-            ]
+            try:
+                return [
+                    {"role": str(turn["role"]), "content": str(turn["content"])}
+                    for turn in row["messages"]
+                ]
+            except (KeyError, TypeError) as error:
+                raise ConfigError(f"{where}: a message needs a role and a content") from error
         for field in _FIELDS:
             if isinstance(row.get(field), str) and row[field]:
                 return _ask(row[field])

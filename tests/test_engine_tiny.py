@@ -23,6 +23,10 @@ from drafts.errors import DraftsError, EngineNotReady, ManifestError, WeightsErr
 from drafts.manifest import load_ensemble
 from drafts.reference import Reference
 from drafts.scores import TokenScores
+from drafts.text import TextEncoder
+from osd.corpus import Corpus
+from osd.shards import conversation_key
+from osd.synthesize import synthesize
 from tests.engine_checks import TOLERANCE, assert_close, joined, running
 from tests.tiny import edit_manifest, mixed_ensemble
 
@@ -368,6 +372,43 @@ async def test_a_cancelled_request_leaves_the_engine_well(engine: Engine, folder
     )
     assert engine._llm.get_num_unfinished_requests() == 0
     await asyncio.wait_for(engine.swap(folder), 30)  # no cancelled request still holds the gate
+
+
+async def test_generation_follows_the_target(engine: Engine, folder: Path) -> None:
+    prompt = [5, 17, 3, 200]
+    got = await engine.generate(prompt, max_new_tokens=8, temperature=0)
+    oracle = Reference(load_ensemble(folder))
+    ids = list(prompt)
+    for token in got:
+        _, target_TV = oracle.logits(ids)
+        best = target_TV[-1].topk(2)
+        assert token == int(best.indices[0]) or float(best.values[0] - best.values[1]) < 1e-3
+        ids.append(token)
+    assert 1 <= len(got) <= 8
+    with pytest.raises(ValueError, match="at most 156"):
+        await engine.generate([1] * 157, max_new_tokens=100)
+
+
+async def test_the_target_answers_prompts_for_distillation(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    prompts = [[{"role": "user", "content": f"What is {n} + {n}?"}] for n in range(10)]
+    encoder = TextEncoder(load_ensemble(folder).target_path)
+    about = {"per_part": 4, "max_new_tokens": 12, "temperature": 1.0}
+    corpus = Corpus(tmp_path / "corpus", about)
+    assert await synthesize(engine, encoder, corpus, prompts) == 10
+    texts = corpus.read(320)
+    assert [text.key for text in texts] == [conversation_key(messages=turns) for turns in prompts]
+    for text, messages in zip(texts, prompts, strict=True):
+        rendered = encoder.encode(encoder.render(messages), "x", rendered=True)
+        assert text.token_ids[: text.response_start] == rendered.token_ids[:-1]
+        assert 1 <= len(text.token_ids) - text.response_start <= 12
+    # A part that a stop cost is made again, the others are not.
+    del corpus.parts["part-00001.jsonl"]
+    kept = (tmp_path / "corpus/part-00002.jsonl").read_bytes()
+    assert await synthesize(engine, encoder, corpus, prompts) == 4
+    assert (tmp_path / "corpus/part-00002.jsonl").read_bytes() == kept
+    assert len(Corpus(tmp_path / "corpus", about).read(320)) == 10
 
 
 def test_no_process_is_left_of_a_front_end_that_was_killed(folder: Path) -> None:

@@ -1,0 +1,184 @@
+"""The drafts store: versions of an ensemble's drafts, and which of them is current.
+
+    store = DraftsStore("~/.cache/demur/drafts")      # or s3://bucket/drafts, by fsspec
+    store.publish(folder, about={...})                # a folder with demur.json
+    store.fetch(store.current(), into)                # an ensemble folder again, hashes checked
+    store.rollback()
+
+    <root>/versions/<name>/...           the version's files
+    <root>/versions/<name>/version.json  written last: names every file with its SHA-256
+    <root>/current                       the name of the current version
+
+A version exists once its `version.json` does, and `current` is replaced in one write, so no reader
+sees half of either: not on a disk, and not in a bucket, where a folder cannot be renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from drafts.errors import StoreError
+from drafts.manifest import MANIFEST_NAME, load_ensemble, read_manifest
+from drafts.weights import check_shapes
+
+_VERSION = "version.json"
+
+
+class Version(BaseModel):
+    """A published version, as its `version.json` has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the weights_version")
+    parent: str | None = Field(description="the version that it was trained from or replaced")
+    created: float = Field(description="seconds since 1970")
+    about: dict[str, Any] = Field(description="data, configuration, metrics")
+    files: dict[str, str] = Field(description="SHA-256 of each file, by path")
+
+
+class DraftsStore:
+    """Versions under one root: a folder, or whatever URL fsspec opens."""
+
+    def __init__(self, root: str | Path) -> None:
+        self._fs, path = fsspec.core.url_to_fs(os.path.expanduser(str(root)))
+        self._root = str(path).rstrip("/")
+
+    def publish(self, folder: Path, *, about: dict[str, Any], make_current: bool = True) -> Version:
+        """Store an ensemble folder under its `weights_version`.
+
+        The target is not stored: the manifest must name it by hub id or absolute path.
+
+        Raises:
+            StoreError: if the version exists, or the target lies inside the folder.
+            ManifestError, WeightsError: if the folder is no usable ensemble.
+        """
+        ensemble = load_ensemble(folder)
+        for member in ensemble.members:
+            check_shapes(member)
+        if ensemble.target_path.is_relative_to(ensemble.folder):
+            raise StoreError(
+                f"the target lies inside {folder}: a version holds drafts only; name the target by "
+                "hub id or absolute path"
+            )
+        name = ensemble.manifest.weights_version
+        if self._fs.exists(self._at(name, _VERSION)):
+            raise StoreError(f"version {name} exists already; give the new one a name of its own")
+        digests = {}
+        for file in sorted(path for path in ensemble.folder.rglob("*") if path.is_file()):
+            relative = file.relative_to(ensemble.folder).as_posix()
+            digests[relative] = _digest(file)
+            self._fs.makedirs(self._parent(self._at(name, relative)), exist_ok=True)
+            self._fs.put_file(str(file), self._at(name, relative))
+        version = Version(
+            name=name, parent=self._current(), created=time.time(), about=about, files=digests
+        )
+        self._write(self._at(name, _VERSION), version.model_dump_json(indent=1))
+        if make_current:
+            self._write(f"{self._root}/current", name)
+        return version
+
+    def versions(self) -> list[Version]:
+        """All whole versions, oldest first."""
+        folder = f"{self._root}/versions"
+        if not self._fs.exists(folder):
+            return []
+        found = [
+            self.version(str(path).rstrip("/").rpartition("/")[2])
+            for path in self._fs.ls(folder, detail=False, refresh=True)
+            if self._fs.exists(f"{str(path).rstrip('/')}/{_VERSION}")
+        ]
+        return sorted(found, key=lambda version: version.created)
+
+    def version(self, name: str) -> Version:
+        """One version; `StoreError` if it is not there or its `version.json` is damaged."""
+        try:
+            return Version.model_validate_json(self._fs.cat_file(self._at(name, _VERSION)))
+        except FileNotFoundError:
+            raise StoreError(f"there is no version {name}") from None
+        except ValidationError as error:
+            raise StoreError(f"version {name}: {_VERSION} is damaged ({error})") from error
+
+    def current(self) -> Version:
+        """The current version; `StoreError` if nothing was published."""
+        name = self._current()
+        if name is None:
+            raise StoreError(f"{self._root} has no current version")
+        return self.version(name)
+
+    def rollback(self) -> Version:
+        """Make the current version's parent current; `StoreError` if it has none."""
+        current = self.current()
+        if current.parent is None:
+            raise StoreError(f"version {current.name} has no parent to go back to")
+        return self.make_current(current.parent)
+
+    def make_current(self, name: str) -> Version:
+        """Point `current` at a version that is there."""
+        version = self.version(name)
+        self._write(f"{self._root}/current", name)
+        return version
+
+    def fetch(self, version: Version, into: Path) -> Path:
+        """Copy a version to `into/<name>` on this machine, if it is not there yet.
+
+        Raises:
+            StoreError: naming the file that is missing or not what was published.
+        """
+        folder = into / version.name
+        if (folder / MANIFEST_NAME).exists():
+            return folder
+        partial = into / f"{version.name}.{os.getpid()}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        for relative, digest in version.files.items():
+            target = (partial / relative).resolve()
+            if not target.is_relative_to(partial.resolve()):
+                raise StoreError(f"version {version.name}: {relative} leads out of its folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._fs.get_file(self._at(version.name, relative), str(target))
+            except FileNotFoundError:
+                raise StoreError(f"version {version.name}: {relative} is missing") from None
+            if _digest(target) != digest:
+                raise StoreError(f"version {version.name}: {relative} is not what was published")
+        read_manifest(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another reader was faster
+            shutil.rmtree(partial)
+        return folder
+
+    def _current(self) -> str | None:
+        try:
+            return str(self._fs.cat_file(f"{self._root}/current").decode())
+        except FileNotFoundError:
+            return None
+
+    def _at(self, name: str, relative: str) -> str:
+        return f"{self._root}/versions/{name}/{relative}"
+
+    @staticmethod
+    def _parent(path: str) -> str:
+        return path.rpartition("/")[0]
+
+    def _write(self, path: str, text: str) -> None:
+        """One write that readers see whole: on a disk by renaming, in a bucket by its nature."""
+        self._fs.makedirs(self._parent(path), exist_ok=True)
+        if "file" in self._fs.protocol:
+            partial = Path(f"{path}.{os.getpid()}.partial")
+            partial.write_text(text)
+            partial.replace(path)
+        else:
+            self._fs.pipe_file(path, text.encode())
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
