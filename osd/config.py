@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from osd.errors import ConfigError
 from osd.posterior import PosteriorConfig
@@ -98,6 +98,12 @@ class DistillConfig(_Strict):
     held_out_draws: int = Field(default=8, ge=2, description="draws that make their p_T")
     evaluate_every: int = Field(default=100, gt=0, description="steps")
     checkpoint_every: int = Field(default=100, gt=0, description="steps")
+
+    @model_validator(mode="after")
+    def _moves_need_a_posterior(self) -> DistillConfig:
+        if self.drafts.kind == "residual" and self.teacher == "clean":
+            raise ValueError("residual drafts learn moves, and a clean teacher makes none")
+        return self
 
 
 def read_config(file: Path) -> DistillConfig:

@@ -28,7 +28,8 @@ from osd.teacher import Teacher, collate
 Floats = NDArray[np.float64]
 
 _TEXTS = 8
-_ROWS = 8  # [64, 8, 49k] float32 are 100 MB
+_DRAWS = 8  # [8, 49k] float32 are 1.6 MB: what is worked on at once stays in the cache
+_TINY = 1e-38
 
 
 @dataclass(frozen=True)
@@ -82,35 +83,43 @@ def _batch(
     final, _ = teacher.states(batch)
     h = batch.rows(final).float()
     members = torch.stack([teacher.draw(batch, seed + m) for m in range(draws)])
-    out = torch.empty(4, len(h))
-    for start in range(0, len(h), _ROWS):
-        rows = slice(start, start + _ROWS)
-        logits = F.linear(members[:, rows], teacher.head_Vd)
-        out[:, rows] = _eu(logits, F.linear(h[rows], teacher.head_Vd)).cpu()
-    return {"eu": out, "text": batch.text_T.cpu()}
+    out = torch.stack([_row(members[:, t], h[t], teacher.head_Vd) for t in range(len(h))], dim=1)
+    return {"eu": out.cpu(), "text": batch.text_T.cpu()}
 
 
-def _eu(logits_MTV: Tensor, target_TV: Tensor) -> Tensor:
-    """Whole, halves and shift, [4, T]."""
-    logp = torch.log_softmax(logits_MTV, -1)
-    p = logp.exp()
-    entropy_MT = -(p * logp).sum(-1)
-    half = p.shape[0] // 2
-    sums = p[:half].sum(0), p[half:].sum(0)
-    whole = _jsd(sums[0] + sums[1], entropy_MT)
-    first, second = _jsd(sums[0], entropy_MT[:half]), _jsd(sums[1], entropy_MT[half:])
-    mean = (sums[0] + sums[1]) / p.shape[0]
-    logt = torch.log_softmax(target_TV, -1)
-    shift = (mean * (mean.clamp_min(1e-38).log() - logt)).sum(-1)
+def _row(members_Md: Tensor, h_d: Tensor, head_Vd: Tensor) -> Tensor:
+    """EU* of one token by all draws, by the first and by the second half; KL(p_T || p). [4]."""
+    half = len(members_Md) // 2
+    (sum_a, entropy_a), (sum_b, entropy_b) = (
+        _sums(part, head_Vd) for part in (members_Md[:half], members_Md[half:])
+    )
+    whole = _corrected(sum_a + sum_b, entropy_a + entropy_b, len(members_Md))
+    first = _corrected(sum_a, entropy_a, half)
+    second = _corrected(sum_b, entropy_b, len(members_Md) - half)
+    mean = (sum_a + sum_b) / len(members_Md)
+    logp = torch.log_softmax(F.linear(h_d, head_Vd), -1)
+    shift = (mean * (mean.clamp_min(_TINY).log() - logp)).sum()
     return torch.stack([whole, first, second, shift])
 
 
-def _jsd(sum_TV: Tensor, entropy_MT: Tensor) -> Tensor:
+def _sums(members_Md: Tensor, head_Vd: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over draws of their distributions [V], and of their entropies."""
+    total, entropy = torch.zeros_like(head_Vd[:, 0]), torch.zeros((), device=head_Vd.device)
+    for block_Md in torch.split(members_Md, _DRAWS):
+        logits = F.linear(block_Md, head_Vd)
+        logits -= logits.amax(-1, keepdim=True)
+        p = torch.softmax(logits, -1)
+        # H = log Z - E[logit]; of logits whose greatest is 0, log Z = -log max p.
+        entropy -= p.amax(-1).log().sum() + (p * logits).sum()
+        total += p.sum(0)
+    return total, entropy
+
+
+def _corrected(sum_V: Tensor, entropy: Tensor, draws: int) -> Tensor:
     """H(mean) - mean H, corrected for the number of draws."""
-    m = entropy_MT.shape[0]
-    mean = sum_TV / m
-    entropy = -(mean * mean.clamp_min(1e-38).log()).sum(-1)
-    return (entropy - entropy_MT.mean(0)) * m / (m - 1)
+    mean = sum_V / draws
+    jsd = -(mean * mean.clamp_min(_TINY).log()).sum() - entropy / draws
+    return jsd * draws / (draws - 1)
 
 
 def _split(values: dict[str, Tensor]) -> list[TrueEU]:

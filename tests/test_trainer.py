@@ -243,9 +243,24 @@ def test_unknown_and_wrong_fields_are_refused_by_name(tmp_path: Path) -> None:
     file.write_text("target: t\ncorpus: c\nrun: r\nsteps: 0\nlr: 1\ndrafts: {kind: residual}\n")
     with pytest.raises(ConfigError, match=r"steps: .*greater than 0.*lr: Extra inputs"):
         read_config(file)
+    file.write_text(
+        "target: t\ncorpus: c\nrun: r\nsteps: 1\nteacher: clean\ndrafts: {kind: residual}\n"
+    )
+    with pytest.raises(ConfigError, match="a clean teacher makes none"):
+        read_config(file)
     file.write_text("- a list\n")
     with pytest.raises(ConfigError, match="holds no fields"):
         read_config(file)
+
+
+def test_the_documented_configuration_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/distillation.md").read_text()
+    file = tmp_path / "distill.yaml"
+    file.write_text(text.split("```yaml")[1].split("```")[0])
+    config = read_config(file)
+    described = {*DistillConfig.model_fields, *type(config.drafts).model_fields}
+    missing = {name for name in described if name not in text} - {"name", "fisher_rows"}
+    assert not missing
 
 
 def texts_of(count: int) -> list[Text]:
