@@ -38,7 +38,9 @@ class ResidualDrafts(_Strict):
     shared_z: bool = Field(
         default=False, description="one z for all tokens of a step, and not one a token"
     )
-    fisher_rows: int = Field(default=4096, gt=0, description="tokens that the metric is taken over")
+    basis_rows: int = Field(
+        default=8192, gt=0, description="tokens whose moves the directions are taken from"
+    )
 
 
 class ExitDrafts(_Strict):

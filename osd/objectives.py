@@ -13,8 +13,8 @@ latent factor model (Gaussian distillation, arXiv 2510.19290):
 
     m = mu + Phi z + sigma * eps,    z ~ N(0, I_q), eps ~ N(0, I_r)
 
-in coordinates m in which the squared length is twice the KL that a small move costs on average:
-those of the target's average Fisher metric, pulled back through its LM head.
+in coordinates m made from the target's average Fisher metric, pulled back through its LM head, in
+which half the squared length of a small move is the KL that it costs on average.
 """
 
 from __future__ import annotations
@@ -117,12 +117,12 @@ def latent_factor_nll(moves: Moves, m_Tr: Tensor, group_T: Tensor | None = None)
     return 0.5 * (total / n_tokens + rank * math.log(2 * math.pi))
 
 
-class FisherBasis(NamedTuple):
-    """Coordinates of moves: m = delta @ into_dr, delta = m @ basis_dr.T (its nearest move)."""
+class MoveBasis(NamedTuple):
+    """Coordinates of moves: m = delta @ into_dr; m @ basis_dr.T is what r keeps of delta."""
 
     basis_dr: Tensor
     into_dr: Tensor
-    kept: float  # share of the metric's trace that r directions hold
+    kept: float  # share of the moves' mean squared length, in the metric, that r directions hold
 
 
 def fisher_metric(h_Td: Tensor, head_Vd: Tensor) -> Tensor:
@@ -143,10 +143,20 @@ def fisher_metric(h_Td: Tensor, head_Vd: Tensor) -> Tensor:
     return (metric / h_Td.shape[0]).float()
 
 
-def fisher_basis(metric_dd: Tensor, rank: int) -> FisherBasis:
-    """The `rank` directions that move probabilities most, scaled to unit metric."""
+def move_basis(metric_dd: Tensor, delta_Td: Tensor, rank: int) -> MoveBasis:
+    """The `rank` directions in which observed moves change probabilities most, uncorrelated.
+
+    Principal components of the moves in the coordinates of the metric, each scaled to variance 1, so
+    that a model with independent noise per coordinate starts near the moves' mean covariance. The
+    scale matters: unscaled, m is about 0.03, factors start far too large, and the likelihood hardly
+    notices. On SmolLM2-135M drafts then stayed 2.4 nats from a target whose EU* is 0.16.
+    """
     values, vectors = torch.linalg.eigh(metric_dd.double())
-    values, vectors = values.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
-    root = values.clamp_min(float(values[0]) * 1e-10).sqrt()
-    kept = float(values.sum() / metric_dd.double().trace())
-    return FisherBasis((vectors / root).float(), (vectors * root).float(), kept)
+    root = values.clamp_min(float(values[-1]) * 1e-10).sqrt()
+    into, out = vectors * root, vectors / root
+    m_Td = delta_Td.double() @ into
+    variances, rotation = torch.linalg.eigh(m_Td.T @ m_Td / len(m_Td))
+    variances, rotation = variances.flip(0), rotation.flip(1)[:, :rank]
+    scale = variances[:rank].clamp_min(float(variances[0]) * 1e-10).sqrt()
+    kept = float(variances[:rank].sum() / variances.sum())
+    return MoveBasis((out @ rotation * scale).float(), (into @ rotation / scale).float(), kept)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from drafts.residual import ResidualConfig, ResidualHead
 from osd.config import ExitDrafts, ModelDrafts, ResidualDrafts
-from osd.objectives import FisherBasis, Moves, Student, forward_kl, latent_factor_nll
+from osd.objectives import MoveBasis, Moves, Student, forward_kl, latent_factor_nll
 from osd.teacher import Batch
 
 
@@ -53,13 +53,13 @@ class ResidualStudent:
         self,
         config: ResidualDrafts,
         head_Vd: Tensor,
-        fisher: FisherBasis,
+        basis: MoveBasis,
         seed: int,
     ) -> None:
         self.config = config
         self.head_Vd = head_Vd
         self.layers = tuple(sorted(config.taps))
-        self.into_dr = fisher.into_dr
+        self.into_dr = basis.into_dr
         shape = ResidualConfig(
             hidden_size=head_Vd.shape[1],
             taps=list(self.layers),
@@ -72,7 +72,7 @@ class ResidualStudent:
         self.head = ResidualHead(shape).initialise(generator)
         z, eps = quadrature(config.draws, config.factors, config.rank, generator)
         with torch.no_grad():
-            self.head.basis.copy_(fisher.basis_dr)
+            self.head.basis.copy_(basis.basis_dr)
             self.head.z.copy_(z)
             self.head.eps.copy_(eps)
         self.module = self.head.to(head_Vd.device)

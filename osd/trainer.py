@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from drafts.init import copy_exit, write_manifest
@@ -32,7 +33,7 @@ from osd.corpus import Corpus, Text
 from osd.errors import ConfigError, OsdError
 from osd.evaluate import Agreement, HeldOut
 from osd.log import RunLog
-from osd.objectives import FisherBasis, fisher_basis, fisher_metric
+from osd.objectives import MoveBasis, fisher_metric, move_basis
 from osd.posterior import WeightPosterior
 from osd.schedule import batch_at, derived_seed, learning_rate
 from osd.shards import shard_of
@@ -251,8 +252,8 @@ def _students(
     drafts, dtype = config.drafts, getattr(torch, config.dtype)
     seeds = [derived_seed(config.seed, "student", number) for number in range(drafts.students)]
     if isinstance(drafts, ResidualDrafts):
-        fisher = _fisher(config, drafts, teacher, texts)
-        return [ResidualStudent(drafts, teacher.head_Vd, fisher, seed) for seed in seeds]
+        basis = _move_basis(config, drafts, teacher, texts)
+        return [ResidualStudent(drafts, teacher.head_Vd, basis, seed) for seed in seeds]
     if isinstance(drafts, ModelDrafts):
         source = resolve_source(Path.cwd(), drafts.source, drafts.revision)
         return [ModelStudent(drafts, source, teacher.head_Vd, dtype, seed) for seed in seeds]
@@ -270,16 +271,19 @@ def _exit_start(config: DistillConfig, drafts: ExitDrafts, target: Path) -> Path
     return folder
 
 
-def _fisher(
+def _move_basis(
     config: DistillConfig, drafts: ResidualDrafts, teacher: Teacher, texts: list[Text]
-) -> FisherBasis:
-    """The metric's directions, from the target's own states on training texts."""
-    rows, count, index = [], 0, 0
-    while count < drafts.fisher_rows:
-        chosen = batch_at(texts, index, config.texts, derived_seed(config.seed, "fisher"))
+) -> MoveBasis:
+    """The directions of moves, from draws of the posterior on training texts."""
+    states: list[Tensor] = []
+    moves: list[Tensor] = []
+    index = 0
+    while sum(map(len, states)) < drafts.basis_rows:
+        chosen = batch_at(texts, index, config.texts, derived_seed(config.seed, "basis"))
         batch = collate(chosen, config.max_tokens, teacher.head_Vd.device)
         final, _ = teacher.states(batch)
-        rows.append(batch.rows(final).float())
-        count += len(rows[-1])
+        states.append(batch.rows(final).float())
+        moves.append(teacher.draw(batch, derived_seed(config.seed, "basis", index)) - states[-1])
         index += 1
-    return fisher_basis(fisher_metric(torch.cat(rows), teacher.head_Vd), drafts.rank)
+    metric = fisher_metric(torch.cat(states), teacher.head_Vd)
+    return move_basis(metric, torch.cat(moves), drafts.rank)

@@ -34,7 +34,7 @@ RESIDUAL = {
     "rank": 24,
     "factors": 4,
     "width": 48,
-    "fisher_rows": 256,
+    "basis_rows": 256,
 }
 EXIT = {"kind": "exit", "students": 2, "layer": 2, "own_layers": 1}
 
@@ -259,7 +259,7 @@ def test_the_documented_configuration_is_one(tmp_path: Path) -> None:
     file.write_text(text.split("```yaml")[1].split("```")[0])
     config = read_config(file)
     described = {*DistillConfig.model_fields, *type(config.drafts).model_fields}
-    missing = {name for name in described if name not in text} - {"name", "fisher_rows"}
+    missing = {name for name in described if name not in text} - {"name"}
     assert not missing
 
 
