@@ -59,7 +59,10 @@ def serve(
     )
     server = uvicorn.Server(config)
     # Before the engine is loaded, which takes long: a port in use ends the process at once.
-    listening = config.bind_socket()
+    try:
+        listening = config.bind_socket()
+    except SystemExit:  # uvicorn has logged why
+        sys.exit(1)
     if not settings.api_keys:
         logging.getLogger("server").warning("no api_keys are set: whoever reaches it can score")
     server.run(sockets=[listening])

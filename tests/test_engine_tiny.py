@@ -354,7 +354,7 @@ async def test_weights_that_cannot_be_used_are_refused_and_the_old_serve_on(
     ],
 )
 async def test_bad_arguments_do_not_reach_vllm(engine: Engine, ids: list[int], start: int) -> None:
-    with pytest.raises(ValueError, match=r"response_start|token ids|tokens, at most"):
+    with pytest.raises(ValueError, match=r"response_start|token ids|tokens, at least 1"):
         await engine.score(ids, start)
     assert len(await engine.score([1] * 255, 254)) == 1
 

@@ -146,7 +146,7 @@ def test_a_port_in_use_ends_it_before_the_engine_is_loaded(running: Running) -> 
         check=False,
     )
     assert done.returncode == 1
-    assert "address already in use" in done.stderr
+    assert "address already in use" in done.stderr.lower()
     assert "ready:" not in done.stderr
     assert "Traceback" not in done.stderr
 
