@@ -42,6 +42,11 @@ class ResidualDrafts(_Strict):
         default=8192, gt=0, description="tokens whose moves the directions are taken from"
     )
 
+    @property
+    def layers(self) -> list[int]:
+        """The target's layers that are read, ascending."""
+        return sorted(self.taps)
+
 
 class ExitDrafts(_Strict):
     """Own layers on the target's hidden state; they start as copies of its last layers."""
@@ -52,6 +57,11 @@ class ExitDrafts(_Strict):
     own_layers: int = Field(default=3, ge=1)
     lora_rank: int | None = Field(default=None, gt=0, description="peft rank; null trains all")
 
+    @property
+    def layers(self) -> list[int]:
+        """The target's layers that are read, ascending."""
+        return [self.layer]
+
 
 class ModelDrafts(_Strict):
     """Independent small models of the target's vocabulary."""
@@ -61,6 +71,11 @@ class ModelDrafts(_Strict):
     source: str = Field(description="folder or hub id that each starts from")
     revision: str | None = None
     lora_rank: int | None = Field(default=None, gt=0, description="peft rank; null trains all")
+
+    @property
+    def layers(self) -> list[int]:
+        """The target's layers that are read, ascending."""
+        return []
 
 
 class DistillConfig(_Strict):
@@ -80,6 +95,13 @@ class DistillConfig(_Strict):
     )
     diverse: bool = Field(
         default=True, description="each student sees its own shard (DDD); false: all texts"
+    )
+
+    draws_per_text: int | None = Field(
+        default=None,
+        ge=1,
+        description="draws that are made once for each text and kept on disk, for this run and "
+        "others beside it; null: a fresh draw each step",
     )
 
     seed: int = Field(default=0, ge=0)

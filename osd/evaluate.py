@@ -11,8 +11,9 @@ from torch import Tensor
 
 from drafts.divergence import measures
 from osd.corpus import Text
+from osd.states import States
 from osd.students import Trainee
-from osd.teacher import Batch, Teacher, collate
+from osd.teacher import Batch, collate
 
 _ROWS = 64
 _TEXTS = 8
@@ -38,22 +39,23 @@ class HeldOut:
 
     def __init__(
         self,
-        teacher: Teacher,
+        states: States,
+        head_Vd: Tensor,
         texts: Sequence[Text],
         *,
-        layers: Sequence[int],
         draws: int,
         max_tokens: int,
         seed: int,
     ) -> None:
-        self.head_Vd = teacher.head_Vd
+        self.head_Vd = head_Vd
         ordered = sorted(texts, key=lambda text: len(text.token_ids))
         self.batches: list[tuple[Batch, dict[int, Tensor], Tensor, list[Tensor]]] = []
         for start in range(0, len(ordered), _TEXTS):
-            batch = collate(ordered[start : start + _TEXTS], max_tokens, self.head_Vd.device)
-            final, states = teacher.states(batch, layers)
-            members = [teacher.draw(batch, seed + draw) for draw in range(draws)]
-            self.batches.append((batch, states, batch.rows(final).float(), members))
+            chosen = ordered[start : start + _TEXTS]
+            batch = collate(chosen, max_tokens, self.head_Vd.device)
+            h, inner = states.clean(chosen, batch)
+            members = [states.draw(chosen, batch, draw, seed + draw) for draw in range(draws)]
+            self.batches.append((batch, inner, h, members))
 
     @torch.no_grad()
     def measure(self, students: Sequence[Trainee]) -> Agreement:

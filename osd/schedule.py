@@ -31,10 +31,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
+def batches_per_epoch(texts: Sequence[Text], size: int) -> int:
+    """Batches in which `batch_at` visits each of `texts` once."""
+    return len(texts) // min(size, len(texts))
+
+
 def batch_at(texts: Sequence[Text], index: int, size: int, seed: int) -> list[Text]:
     """Batch number `index` of an endless run over `texts`, in a new order each time round."""
     size = min(size, len(texts))
-    per_epoch = len(texts) // size
+    per_epoch = batches_per_epoch(texts, size)
     epoch, place = divmod(index, per_epoch)
     rng = random.Random(derived_seed(seed, "epoch", epoch))
     order = rng.sample(range(len(texts)), len(texts))

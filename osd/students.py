@@ -28,11 +28,6 @@ class Trainee(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The target's layers whose output it reads, ascending."""
-        ...
-
     def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
         """Against a teacher's final states [T, d]; `h` [T, d] are the target's own."""
         ...
@@ -58,11 +53,11 @@ class ResidualStudent:
     ) -> None:
         self.config = config
         self.head_Vd = head_Vd
-        self.layers = tuple(sorted(config.taps))
+        self.layers = config.layers
         self.into_dr = basis.into_dr
         shape = ResidualConfig(
             hidden_size=head_Vd.shape[1],
-            taps=list(self.layers),
+            taps=self.layers,
             rank=config.rank,
             factors=config.factors,
             width=config.width,
@@ -132,7 +127,6 @@ class ExitStudent:
         self.folder = folder
         self.head_Vd = head_Vd
         self.dtype = dtype
-        self.layers = (config.layer,)
         model = _load_exit(folder)
         self.module = _trainable(model, config.lora_rank, seed).to(head_Vd.device)
 
@@ -168,7 +162,6 @@ class ModelStudent:
         self.folder = folder
         self.teacher_head_Vd = teacher_head_Vd
         self.dtype = dtype
-        self.layers = ()
         self.module = _trainable(_load(folder), config.lora_rank, seed).to(teacher_head_Vd.device)
 
     def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:

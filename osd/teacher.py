@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from osd.corpus import Text
@@ -30,6 +31,10 @@ class Batch:
     def rows(self, states_BLd: Tensor) -> Tensor:
         """States [T, d] of the rows out of states [B, L, d]."""
         return states_BLd[self.text_T, self.place_T]
+
+    def by_text(self, rows_Td: Tensor) -> list[Tensor]:
+        """Values of the rows [T, ...], one tensor a text."""
+        return [rows_Td[self.text_T == i] for i in range(len(self.ids_BL))]
 
 
 def collate(texts: Sequence[Text], max_tokens: int, device: torch.device | str = "cpu") -> Batch:
@@ -68,6 +73,20 @@ class Teacher:
         # Float32 whatever the model is: bfloat16 logits of 20 are off by up to 0.06, which is as
         # much as what drafts are to learn.
         self.head_Vd: Tensor = self.model.get_output_embeddings().weight.float()
+
+    @torch.no_grad()
+    def logits(self, h_Td: Tensor) -> Tensor:
+        """Logits [T, V], float32, of final states of this model."""
+        if self.model.dtype != torch.bfloat16 or h_Td.is_cuda:
+            return F.linear(h_Td, self.head_Vd)
+        # States and LM head came out of bfloat16 numbers: products of their narrow forms, summed in
+        # float32, are the same numbers, and take 60% of the time.
+        before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+        try:
+            return F.linear(h_Td, self.head_Vd)
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def states(self, batch: Batch, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:

@@ -35,8 +35,9 @@ from osd.evaluate import Agreement, HeldOut
 from osd.log import RunLog
 from osd.objectives import MoveBasis, fisher_metric, move_basis
 from osd.posterior import WeightPosterior
-from osd.schedule import batch_at, derived_seed, learning_rate
+from osd.schedule import batch_at, batches_per_epoch, derived_seed, learning_rate
 from osd.shards import shard_of
+from osd.states import FreshStates, KeptStates, States
 from osd.students import ExitStudent, ModelStudent, ResidualStudent, Trainee
 from osd.teacher import Teacher, collate
 
@@ -85,13 +86,14 @@ class Run:
         held_out, training = split(usable, config.held_out)
         count = config.drafts.students
         self.texts = shards(training, count) if config.diverse else [training] * count
-        self.students = _students(config, self.target_path, self.teacher, training)
-        self.layers = sorted({layer for student in self.students for layer in student.layers})
+        self.states = self._states(training, config.draws_per_text)
+        self.students = _students(config, self.target_path, self.teacher, self.states, training)
+        draws = config.held_out_draws
         self.held_out = HeldOut(
-            self.teacher,
+            self._states(held_out, draws if config.draws_per_text else None),
+            self.teacher.head_Vd,
             held_out,
-            layers=self.layers,
-            draws=config.held_out_draws,
+            draws=draws,
             max_tokens=config.max_tokens,
             seed=derived_seed(config.seed, "held out"),
         )
@@ -108,6 +110,21 @@ class Run:
         modules = [student.module for student in self.students]
         self.step = checkpoint.load_last(config.run, _fixed(config), modules, self.optimisers)
         self.log = RunLog(config.run, keep_until=self.step)
+
+    def _states(self, texts: list[Text], draws: int | None) -> States:
+        """Fresh draws, or `draws` kept ones of each text."""
+        config = self.config
+        if draws is None:
+            return FreshStates(self.teacher, config.drafts.layers)
+        return KeptStates(
+            self.teacher,
+            texts,
+            layers=config.drafts.layers,
+            draws=draws,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            folder=config.run.parent,
+        )
 
     def steps(self) -> Iterator[int]:
         """Train step by step; yields after each, `self.step` being the number of steps done."""
@@ -138,10 +155,11 @@ class Run:
             order = derived_seed(config.seed, "order", number)
             texts = batch_at(self.texts[number], index, config.texts, order)
             batch = collate(texts, config.max_tokens, self.teacher.head_Vd.device)
-            final, states = self.teacher.states(batch, student.layers)
-            h = batch.rows(final).float()
+            h, states = self.states.clean(texts, batch)
             if config.teacher == "posterior":
-                teacher = self.teacher.draw(batch, derived_seed(config.seed, "draw", number, index))
+                visit = index // batches_per_epoch(self.texts[number], config.texts)
+                draw = derived_seed(config.seed, "draw", number, index)
+                teacher = self.states.draw(texts, batch, visit, draw)
             else:
                 teacher = h
             try:
@@ -247,12 +265,12 @@ def _teacher(config: DistillConfig, target: Path) -> Teacher:
 
 
 def _students(
-    config: DistillConfig, target: Path, teacher: Teacher, texts: list[Text]
+    config: DistillConfig, target: Path, teacher: Teacher, states: States, texts: list[Text]
 ) -> list[Trainee]:
     drafts, dtype = config.drafts, getattr(torch, config.dtype)
     seeds = [derived_seed(config.seed, "student", number) for number in range(drafts.students)]
     if isinstance(drafts, ResidualDrafts):
-        basis = _move_basis(config, drafts, teacher, texts)
+        basis = _move_basis(config, drafts, teacher.head_Vd, states, texts)
         return [ResidualStudent(drafts, teacher.head_Vd, basis, seed) for seed in seeds]
     if isinstance(drafts, ModelDrafts):
         source = resolve_source(Path.cwd(), drafts.source, drafts.revision)
@@ -272,18 +290,22 @@ def _exit_start(config: DistillConfig, drafts: ExitDrafts, target: Path) -> Path
 
 
 def _move_basis(
-    config: DistillConfig, drafts: ResidualDrafts, teacher: Teacher, texts: list[Text]
+    config: DistillConfig,
+    drafts: ResidualDrafts,
+    head_Vd: Tensor,
+    states: States,
+    texts: list[Text],
 ) -> MoveBasis:
     """The directions of moves, from draws of the posterior on training texts."""
-    states: list[Tensor] = []
+    rows: list[Tensor] = []
     moves: list[Tensor] = []
     index = 0
-    while sum(map(len, states)) < drafts.basis_rows:
+    while sum(map(len, rows)) < drafts.basis_rows:
         chosen = batch_at(texts, index, config.texts, derived_seed(config.seed, "basis"))
-        batch = collate(chosen, config.max_tokens, teacher.head_Vd.device)
-        final, _ = teacher.states(batch)
-        states.append(batch.rows(final).float())
-        moves.append(teacher.draw(batch, derived_seed(config.seed, "basis", index)) - states[-1])
+        batch = collate(chosen, config.max_tokens, head_Vd.device)
+        h, _ = states.clean(chosen, batch)
+        draw = states.draw(chosen, batch, index, derived_seed(config.seed, "basis", index))
+        rows.append(h)
+        moves.append(draw - h)
         index += 1
-    metric = fisher_metric(torch.cat(states), teacher.head_Vd)
-    return move_basis(metric, torch.cat(moves), drafts.rank)
+    return move_basis(fisher_metric(torch.cat(rows), head_Vd), torch.cat(moves), drafts.rank)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,7 +27,7 @@ from osd.teacher import Teacher, collate
 Floats = NDArray[np.float64]
 
 _TEXTS = 8
-_DRAWS = 8  # [8, 49k] float32 are 1.6 MB: what is worked on at once stays in the cache
+_TOKENS = 4  # whose logits at all draws are held at once: [4 * 64, 49k] float32 are 50 MB
 _TINY = 1e-38
 
 
@@ -81,44 +80,46 @@ def _batch(
 ) -> dict[str, Tensor]:
     batch = collate(texts, max_tokens, teacher.head_Vd.device)
     final, _ = teacher.states(batch)
-    h = batch.rows(final).float()
-    members = torch.stack([teacher.draw(batch, seed + m) for m in range(draws)])
-    out = torch.stack([_row(members[:, t], h[t], teacher.head_Vd) for t in range(len(h))], dim=1)
-    return {"eu": out.cpu(), "text": batch.text_T.cpu()}
+    h_Td = batch.rows(final).float()
+    members_TMd = torch.stack([teacher.draw(batch, seed + m) for m in range(draws)], dim=1)
+    parts = [
+        _rows(teacher, members_nMd, h_nd)
+        for members_nMd, h_nd in zip(members_TMd.split(_TOKENS), h_Td.split(_TOKENS), strict=True)
+    ]
+    return {"eu": torch.cat(parts, dim=1).cpu(), "text": batch.text_T.cpu()}
 
 
-def _row(members_Md: Tensor, h_d: Tensor, head_Vd: Tensor) -> Tensor:
-    """EU* of one token by all draws, by the first and by the second half; KL(p_T || p). [4]."""
-    half = len(members_Md) // 2
+def _rows(teacher: Teacher, members_nMd: Tensor, h_nd: Tensor) -> Tensor:
+    """Of n tokens: EU* by all draws, by the first and by the second half; KL(p_T || p). [4, n]."""
+    draws = members_nMd.shape[1]
+    half = draws // 2
     (sum_a, entropy_a), (sum_b, entropy_b) = (
-        _sums(part, head_Vd) for part in (members_Md[:half], members_Md[half:])
+        _sums(teacher, part) for part in (members_nMd[:, :half], members_nMd[:, half:])
     )
-    whole = _corrected(sum_a + sum_b, entropy_a + entropy_b, len(members_Md))
+    whole = _corrected(sum_a + sum_b, entropy_a + entropy_b, draws)
     first = _corrected(sum_a, entropy_a, half)
-    second = _corrected(sum_b, entropy_b, len(members_Md) - half)
-    mean = (sum_a + sum_b) / len(members_Md)
-    logp = torch.log_softmax(F.linear(h_d, head_Vd), -1)
-    shift = (mean * (mean.clamp_min(_TINY).log() - logp)).sum()
+    second = _corrected(sum_b, entropy_b, draws - half)
+    mean_nV = (sum_a + sum_b) / draws
+    logp_nV = torch.log_softmax(teacher.logits(h_nd), -1)
+    shift = (mean_nV * (mean_nV.clamp_min(_TINY).log() - logp_nV)).sum(-1)
     return torch.stack([whole, first, second, shift])
 
 
-def _sums(members_Md: Tensor, head_Vd: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over draws of their distributions [V], and of their entropies."""
-    total, entropy = torch.zeros_like(head_Vd[:, 0]), torch.zeros((), device=head_Vd.device)
-    for block_Md in torch.split(members_Md, _DRAWS):
-        logits = F.linear(block_Md, head_Vd)
-        logits -= logits.amax(-1, keepdim=True)
-        p = torch.softmax(logits, -1)
-        # H = log Z - E[logit]; of logits whose greatest is 0, log Z = -log max p.
-        entropy -= p.amax(-1).log().sum() + (p * logits).sum()
-        total += p.sum(0)
-    return total, entropy
+def _sums(teacher: Teacher, members_nMd: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over draws of their distributions [n, V], and of their entropies [n]."""
+    n_tokens, draws, _ = members_nMd.shape
+    logits = teacher.logits(members_nMd.flatten(0, 1))
+    logits -= logits.amax(-1, keepdim=True)
+    p = torch.softmax(logits, -1)
+    # H = log Z - E[logit]; of logits whose greatest is 0, log Z = -log max p.
+    entropy = -p.amax(-1).log() - torch.linalg.vecdot(p, logits)
+    return p.unflatten(0, (n_tokens, draws)).sum(1), entropy.view(n_tokens, draws).sum(1)
 
 
-def _corrected(sum_V: Tensor, entropy: Tensor, draws: int) -> Tensor:
+def _corrected(sum_nV: Tensor, entropy_n: Tensor, draws: int) -> Tensor:
     """H(mean) - mean H, corrected for the number of draws."""
-    mean = sum_V / draws
-    jsd = -(mean * mean.clamp_min(_TINY).log()).sum() - entropy / draws
+    mean_nV = sum_nV / draws
+    jsd = -(mean_nV * mean_nV.clamp_min(_TINY).log()).sum(-1) - entropy_n / draws
     return jsd * draws / (draws - 1)
 
 
