@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from drafts.divergence import measures
@@ -27,40 +28,55 @@ class Reference:
     Args:
         ensemble: what `load_ensemble` returned.
         dtype: of all weights and activations; measures are computed in float32 from the logits.
+        target: the target, if it is loaded already.
     """
 
     def __init__(
-        self, ensemble: Ensemble, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        self,
+        ensemble: Ensemble,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        target: Any = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
 
         self.ensemble = ensemble
-        self.target = AutoModelForCausalLM.from_pretrained(
+        self.target = target or AutoModelForCausalLM.from_pretrained(
             ensemble.target_path, dtype=dtype, local_files_only=True
         )
         self.target.to(device).eval()
         self.modules = [_build(member).to(device, dtype).eval() for member in ensemble.members]
 
     @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Next-token logits after each of T tokens: the drafts' [K, T, V], the target's [T, V]."""
+    def states(self, token_ids: Sequence[int]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Final hidden states [T, d] of each draft, with the LM head [V, d] above them, and those
+        of the target."""
         ids = torch.tensor([list(token_ids)], device=self.target.device)
-        out = self.target(ids, output_hidden_states=True)
+        out = self.target.base_model(ids, output_hidden_states=True)
         # transformers: entry i is the state after i layers, except that the last one is normed.
-        states, h_Td = out.hidden_states, out.hidden_states[-1][0]
+        states, h_Td = out.hidden_states, out.last_hidden_state[0]
+        head_Vd = self.target.get_output_embeddings().weight
         drafts = []
         for member, module in zip(self.ensemble.members, self.modules, strict=True):
             draft = member.draft
             if isinstance(draft, ModelDraft):
-                drafts.append(module(ids).logits[0])
+                own = module.base_model(ids).last_hidden_state[0]
+                drafts.append((own, module.get_output_embeddings().weight))
             elif isinstance(draft, ExitDraft):
-                own = module.base_model(inputs_embeds=states[draft.layer]).last_hidden_state
-                drafts.append(self.target.lm_head(own[0]))
+                own = module.base_model(inputs_embeds=states[draft.layer]).last_hidden_state[0]
+                drafts.append((own, head_Vd))
             else:
                 taps = [states[layer][0] for layer in member.config.taps]
                 (moved,) = module(h_Td, taps, [draft.draw])
-                drafts.append(self.target.lm_head(moved))
-        return torch.stack(drafts), out.logits[0]
+                drafts.append((moved, head_Vd))
+        return drafts, h_Td
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Next-token logits after each of T tokens: the drafts' [K, T, V], the target's [T, V]."""
+        drafts, h_Td = self.states(token_ids)
+        head_Vd = self.target.get_output_embeddings().weight
+        return torch.stack([F.linear(*draft) for draft in drafts]), F.linear(h_Td, head_Vd)
 
     def score(self, token_ids: Sequence[int], response_start: int) -> TokenScores:
         """Measures of the tokens from `response_start` on; see `Engine.score`."""

@@ -41,6 +41,21 @@ class ResidualDrafts(_Strict):
     basis_rows: int = Field(
         default=8192, gt=0, description="tokens whose moves the directions are taken from"
     )
+    teacher_draws: int = Field(
+        default=1, ge=1, description="draws of the posterior that a step shows; 2 or more to match"
+    )
+    match: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the agreement of the drafts' mean KL(q_k || p) with EU* as the "
+        "step's draws show it",
+    )
+
+    @model_validator(mode="after")
+    def _two_draws_show_a_divergence(self) -> ResidualDrafts:
+        if self.match and self.teacher_draws < 2:
+            raise ValueError("match needs teacher_draws of 2 or more")
+        return self
 
     @property
     def layers(self) -> list[int]:
@@ -107,6 +122,12 @@ class DistillConfig(_Strict):
     seed: int = Field(default=0, ge=0)
     steps: int = Field(gt=0, description="optimiser steps of each student")
     texts: int = Field(default=8, gt=0, description="texts of one forward pass")
+    loss_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="response tokens of a pass, chosen at random, on which divergences over the "
+        "vocabulary are taken; null: all",
+    )
     accumulate: int = Field(default=1, gt=0, description="forward passes of one step")
     max_tokens: int = Field(default=512, ge=2, description="longer texts are cut")
     learning_rate: float = Field(default=1e-3, gt=0, description="peak of the cosine")

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drafts.divergence import measures
+
 # Rows whose logits are held at once; 128 x 152k x float32 are 78 MB.
 _ROWS = 128
 
@@ -115,6 +117,59 @@ def latent_factor_nll(moves: Moves, m_Tr: Tensor, group_T: Tensor | None = None)
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum()
     total: Tensor = scaled.square().sum() - white.square().sum() + log_det + 2 * sigma.log().sum()
     return 0.5 * (total / n_tokens + rank * math.log(2 * math.pi))
+
+
+def mean_kl(moves_KTr: Tensor, directions_Vr: Tensor, logp_TV: Tensor) -> Tensor:
+    """(1/K) sum_k KL(q_k || p) of each token, in nats [T], q_k = softmax(log p + A m_k).
+
+    What the service answers as epistemic uncertainty; differentiable in the moves m_k, of which
+    A [V, r] makes moves of logits.
+    """
+    values: Tensor = _MeanKL.apply(moves_KTr, directions_Vr, logp_TV)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _MeanKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, moves_KTr: Tensor, directions_Vr: Tensor, logp_TV: Tensor) -> Tensor:
+        grads, total = torch.empty_like(moves_KTr), torch.zeros_like(logp_TV[:, 0])
+        for move_Tr, grad_Tr in zip(moves_KTr, grads, strict=True):
+            logits = torch.addmm(logp_TV, move_Tr, directions_Vr.T)
+            logq = torch.log_softmax(logits, -1)
+            q = logq.exp()
+            ratio = logq.sub_(logp_TV)
+            kl = torch.linalg.vecdot(q, ratio)
+            total += kl
+            # d KL / d logits = q (log q/p - KL)
+            grad_Tr.copy_((ratio.sub_(kl.unsqueeze(-1)).mul_(q)) @ directions_Vr)
+        ctx.save_for_backward(grads.div_(len(grads)))
+        return total / len(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_T,), (grad_KTr,) = grads, ctx.saved_tensors
+        return grad_KTr * grad_T.unsqueeze(-1), None, None
+
+
+@torch.no_grad()
+def sampled_eu(teacher_MTd: Tensor, head_Vd: Tensor) -> Tensor:
+    """EU* of each token [T] as M draws of the posterior show it: noisy, and corrected for M."""
+    n_draws = len(teacher_MTd)
+    values = []
+    for block_MBd in torch.split(teacher_MTd, max(1, _ROWS // n_draws), dim=1):
+        logits = F.linear(block_MBd, head_Vd).float()
+        values.append(measures(logits, logits[0]).jsd * n_draws / (n_draws - 1))
+    return torch.cat(values)
+
+
+def gamma_deviance(estimate_T: Tensor, noisy_T: Tensor) -> Tensor:
+    """Mean of y / x + log x: least where x is the expectation of y, for noise that grows with it.
+
+    Half the deviance of a gamma distribution, up to a constant of the data. The squared error has
+    the same minimum, but with EU* from few draws it hears little but its largest values.
+    """
+    estimate = estimate_T.clamp_min(1e-6)
+    return (noisy_T / estimate + estimate.log()).mean()
 
 
 class MoveBasis(NamedTuple):

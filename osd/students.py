@@ -1,7 +1,7 @@
 """What is trained: a student of each kind of draft, behind one small interface.
 
-A student reads some of the target's hidden states, gives a loss against a teacher's final hidden
-states [T, d], and the final states [T, d] (with the LM head above them) of the drafts made of it.
+A student reads some of the target's hidden states, gives a loss against teachers' final hidden
+states, and the final states [T, d] (with the LM head above them) of the drafts made of it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,36 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from drafts.residual import ResidualConfig, ResidualHead
 from osd.config import ExitDrafts, ModelDrafts, ResidualDrafts
-from osd.objectives import MoveBasis, Moves, Student, forward_kl, latent_factor_nll
+from osd.objectives import (
+    MoveBasis,
+    Moves,
+    Student,
+    forward_kl,
+    gamma_deviance,
+    latent_factor_nll,
+    mean_kl,
+    sampled_eu,
+)
 from osd.teacher import Batch
+
+
+class Lesson(NamedTuple):
+    """What a step shows a student: T rows of a batch and what a teacher made of them."""
+
+    batch: Batch
+    states: dict[int, Tensor]  # after some of the target's layers, [B, L, d]
+    h_Td: Tensor  # the target's own final states
+    teacher_MTd: Tensor  # final states of M teachers
+    chosen: Tensor  # rows on which divergences over the vocabulary are taken
 
 
 class Trainee(Protocol):
@@ -28,9 +48,7 @@ class Trainee(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
-        """Against a teacher's final states [T, d]; `h` [T, d] are the target's own."""
-        ...
+    def loss(self, lesson: Lesson) -> Tensor: ...
 
     def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
         """Final states and LM head of each draft that the student gives."""
@@ -71,12 +89,34 @@ class ResidualStudent:
             self.head.z.copy_(z)
             self.head.eps.copy_(eps)
         self.module = self.head.to(head_Vd.device)
+        self.directions_Vr = head_Vd @ self.head.basis
 
-    def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
+    def loss(self, lesson: Lesson) -> Tensor:
+        batch, states, h, teacher_MTd, chosen = lesson
         moves = Moves(*self.head.latent(h, self._taps(batch, states)))
-        m_Tr = (teacher.float() - h.float()) @ self.into_dr
         group = torch.zeros_like(batch.text_T) if self.config.shared_z else None
-        return latent_factor_nll(moves, m_Tr, group) / self.config.rank
+        nll = torch.stack(
+            [latent_factor_nll(moves, (draw - h) @ self.into_dr, group) for draw in teacher_MTd]
+        )
+        loss = nll.mean() / self.config.rank
+        if self.config.match:
+            shown = Moves(*(part[chosen] for part in moves))
+            loss = loss + self.config.match * self._mismatch(
+                shown, h[chosen], teacher_MTd[:, chosen]
+            )
+        return loss
+
+    def _mismatch(self, moves: Moves, h_Td: Tensor, teacher_MTd: Tensor) -> Tensor:
+        """How far the service's answer from this student's drafts is from EU*."""
+        eu_T = sampled_eu(teacher_MTd, self.head_Vd)
+        logp_TV = torch.log_softmax(F.linear(h_Td, self.head_Vd), -1)
+        moves_KTr = torch.stack(
+            [
+                moves.mu_Tr + moves.phi_Trq @ z + moves.sigma_Tr * eps
+                for z, eps in zip(self.head.z, self.head.eps, strict=True)
+            ]
+        )
+        return gamma_deviance(mean_kl(moves_KTr, self.directions_Vr, logp_TV), eu_T)
 
     def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
         moved = self.head(h, self._taps(batch, states), list(range(self.config.draws)))
@@ -130,8 +170,11 @@ class ExitStudent:
         model = _load_exit(folder)
         self.module = _trainable(model, config.lora_rank, seed).to(head_Vd.device)
 
-    def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
-        return forward_kl(self._student(batch, states), teacher, self.head_Vd)
+    def loss(self, lesson: Lesson) -> Tensor:
+        h_Td, head_Vd = self._student(lesson.batch, lesson.states)
+        (teacher_Td,) = lesson.teacher_MTd
+        chosen = lesson.chosen
+        return forward_kl(Student(h_Td[chosen], head_Vd), teacher_Td[chosen], self.head_Vd)
 
     def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
         return [self._student(batch, states)]
@@ -164,9 +207,12 @@ class ModelStudent:
         self.dtype = dtype
         self.module = _trainable(_load(folder), config.lora_rank, seed).to(teacher_head_Vd.device)
 
-    def loss(self, batch: Batch, states: dict[int, Tensor], h: Tensor, teacher: Tensor) -> Tensor:
-        (student,) = self.drafts(batch, states, h)
-        return forward_kl(student, teacher, self.teacher_head_Vd)
+    def loss(self, lesson: Lesson) -> Tensor:
+        ((h_Td, head_Vd),) = self.drafts(lesson.batch, lesson.states, lesson.h_Td)
+        (teacher_Td,) = lesson.teacher_MTd
+        chosen = lesson.chosen
+        student = Student(h_Td[chosen], head_Vd)
+        return forward_kl(student, teacher_Td[chosen], self.teacher_head_Vd)
 
     def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
         with _compute(self.dtype, self.teacher_head_Vd.device):

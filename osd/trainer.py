@@ -38,8 +38,8 @@ from osd.posterior import WeightPosterior
 from osd.schedule import batch_at, batches_per_epoch, derived_seed, learning_rate
 from osd.shards import shard_of
 from osd.states import FreshStates, KeptStates, States
-from osd.students import ExitStudent, ModelStudent, ResidualStudent, Trainee
-from osd.teacher import Teacher, collate
+from osd.students import ExitStudent, Lesson, ModelStudent, ResidualStudent, Trainee
+from osd.teacher import Batch, Teacher, collate
 
 # What may change between a run and its going on.
 _FREE = {"run", "device", "evaluate_every", "checkpoint_every"}
@@ -155,15 +155,8 @@ class Run:
             order = derived_seed(config.seed, "order", number)
             texts = batch_at(self.texts[number], index, config.texts, order)
             batch = collate(texts, config.max_tokens, self.teacher.head_Vd.device)
-            h, states = self.states.clean(texts, batch)
-            if config.teacher == "posterior":
-                visit = index // batches_per_epoch(self.texts[number], config.texts)
-                draw = derived_seed(config.seed, "draw", number, index)
-                teacher = self.states.draw(texts, batch, visit, draw)
-            else:
-                teacher = h
             try:
-                loss = student.loss(batch, states, h, teacher) / config.accumulate
+                loss = student.loss(self._lesson(number, index, texts, batch)) / config.accumulate
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise self._diverged(number) from error
             loss.backward()  # type: ignore[no-untyped-call]
@@ -178,6 +171,21 @@ class Run:
         optimiser.step()
         optimiser.zero_grad()
         return total, n_tokens
+
+    def _lesson(self, number: int, index: int, texts: list[Text], batch: Batch) -> Lesson:
+        config = self.config
+        h_Td, states = self.states.clean(texts, batch)
+        teachers = h_Td.unsqueeze(0)
+        if config.teacher == "posterior":
+            count = getattr(config.drafts, "teacher_draws", 1)
+            visit = index // batches_per_epoch(self.texts[number], config.texts) * count
+            seeds = [derived_seed(config.seed, "draw", number, index, n) for n in range(count)]
+            teachers = torch.stack(
+                [self.states.draw(texts, batch, visit + n, seed) for n, seed in enumerate(seeds)]
+            )
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, "rows", number, index))
+        chosen = torch.randperm(len(h_Td), generator=generator)[: config.loss_tokens]
+        return Lesson(batch, states, h_Td, teachers, chosen.to(h_Td.device))
 
     def _diverged(self, number: int) -> OsdError:
         return OsdError(

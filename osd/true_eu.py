@@ -84,7 +84,9 @@ def _batch(
     members_TMd = torch.stack([teacher.draw(batch, seed + m) for m in range(draws)], dim=1)
     parts = [
         _rows(teacher, members_nMd, h_nd)
-        for members_nMd, h_nd in zip(members_TMd.split(_TOKENS), h_Td.split(_TOKENS), strict=True)
+        for members_nMd, h_nd in zip(
+            torch.split(members_TMd, _TOKENS), torch.split(h_Td, _TOKENS), strict=True
+        )
     ]
     return {"eu": torch.cat(parts, dim=1).cpu(), "text": batch.text_T.cpu()}
 
@@ -113,7 +115,7 @@ def _sums(teacher: Teacher, members_nMd: Tensor) -> tuple[Tensor, Tensor]:
     p = torch.softmax(logits, -1)
     # H = log Z - E[logit]; of logits whose greatest is 0, log Z = -log max p.
     entropy = -p.amax(-1).log() - torch.linalg.vecdot(p, logits)
-    return p.unflatten(0, (n_tokens, draws)).sum(1), entropy.view(n_tokens, draws).sum(1)
+    return p.view(n_tokens, draws, -1).sum(1), entropy.view(n_tokens, draws).sum(1)
 
 
 def _corrected(sum_nV: Tensor, entropy_n: Tensor, draws: int) -> Tensor:

@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drafts.divergence import measures
 from osd.objectives import (
     Moves,
     Student,
     fisher_metric,
     forward_kl,
+    gamma_deviance,
     latent_factor_nll,
+    mean_kl,
     move_basis,
+    sampled_eu,
 )
 from osd.shards import conversation_key, shard_of
 from osd.students import quadrature
@@ -95,6 +99,51 @@ def test_one_draw_a_step_is_unbiased_within_its_noise() -> None:
     stacked = torch.stack(grads)
     error = stacked.std(0) / len(grads) ** 0.5
     assert bool(((stacked.mean(0) - expected[0]).abs() < 4.5 * error).all())
+
+
+@given(n=st.integers(1, 40), k=st.integers(1, 5), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_mean_kl_of_moves_is_what_the_service_answers(n: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(50, 4, generator=generator)
+    moves = torch.randn(k, n, 4, generator=generator).requires_grad_()
+    logp = torch.log_softmax(2 * torch.randn(n, 50, generator=generator), -1)
+    weights = torch.randn(n, generator=generator)
+    got = mean_kl(moves, directions, logp)
+    logq = torch.log_softmax(logp + moves @ directions.T, -1)
+    expected = (logq.exp() * (logq - logp)).sum(-1).mean(0)
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.allclose(got.detach(), measures(logq.detach(), logp).epistemic, atol=1e-5)
+    wanted, have = (
+        torch.autograd.grad((weights * value).sum(), moves)[0] for value in (expected, got)
+    )
+    assert torch.allclose(have, wanted, atol=1e-5)
+
+
+def test_eu_from_few_draws_is_right_on_average() -> None:
+    generator = torch.Generator().manual_seed(3)
+    head = torch.randn(20, 5, generator=generator)
+    draws = 0.3 * torch.randn(4000, 7, 5, generator=generator)
+    many = sampled_eu(draws, head)
+    few = torch.stack([sampled_eu(part, head) for part in torch.split(draws, 4)])
+    error = few.std(0) / len(few) ** 0.5
+    # The correction is of the first order, hence two hundredths.
+    assert bool(((few.mean(0) - many).abs() < 4.5 * error + 0.02 * many).all())
+    uncorrected = few.mean(0) * 3 / 4
+    assert bool((uncorrected < 0.8 * many).all())
+
+
+def test_the_gamma_deviance_is_least_at_the_expectation() -> None:
+    torch.manual_seed(4)
+    mean = torch.tensor([0.02, 0.3, 2.0])
+    noisy = mean * torch.distributions.Gamma(1.5, 1.5).sample((40_000, 1))
+    scale = torch.zeros(3, requires_grad=True)
+    gamma_deviance((mean * scale.exp()).expand_as(noisy), noisy).backward()  # type: ignore[no-untyped-call]
+    assert scale.grad is not None
+    assert scale.grad.abs().max() < 0.01
+    at = gamma_deviance(mean.expand_as(noisy), noisy)
+    for factor in (0.8, 1.25):
+        assert gamma_deviance((mean * factor).expand_as(noisy), noisy) > at + 0.005
 
 
 def dense_nll(moves: Moves, m: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def test_they_are_what_a_forward_pass_gives(teacher: Teacher, tmp_path: Path) ->
     h, inner = states.clean(chosen, batch)
     # Batches of other sizes sum in another order.
     narrow = teacher.model.dtype == torch.bfloat16
-    tolerance: dict[str, float] = {"atol": 0.06, "rtol": 0.03} if narrow else {"atol": 1e-5, "rtol": 1e-5}
+    tolerance = {"atol": 0.06, "rtol": 0.03} if narrow else {"atol": 1e-5, "rtol": 1e-5}
     assert torch.allclose(h, expected_h, **tolerance)
     assert inner.keys() == expected.keys() == set(LAYERS)
     for layer, state in inner.items():

@@ -1,0 +1,61 @@
+"""Plots of benchmarks/eu_rmse.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from eu_compare import Estimate, Floats
+
+mpl.use("Agg")
+from matplotlib import pyplot
+
+
+def plot_scatter(
+    names: list[str], estimates: list[Estimate], truth: list[Floats], file: Path
+) -> None:
+    """Some estimators against EU*, a dot a token."""
+    chosen = [estimate for name in names for estimate in estimates if estimate.name == name]
+    y = np.concatenate(truth)
+    limit = float(np.quantile(y, 0.995))
+    figure, axes = pyplot.subplots(
+        1, len(chosen), figsize=(3.4 * len(chosen), 3.6), layout="constrained", sharey=True
+    )
+    for axis, estimate in zip(np.atleast_1d(axes), chosen, strict=True):
+        x = np.concatenate(estimate.values)
+        axis.plot([0, limit], [0, limit], color="0.6", linewidth=0.8)
+        axis.plot(y, x, ",", alpha=0.4, rasterized=True)
+        axis.set(xlim=(0, limit), ylim=(0, limit), title=estimate.name, xlabel="EU*, nats")
+    np.atleast_1d(axes)[0].set_ylabel("estimate, nats")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_cost(rows: list[dict[str, Any]], file: Path) -> None:
+    """RMSE of each estimator against what it costs beyond the target's own pass."""
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for values in rows:
+        if values["name"].endswith(("jsd only", "kl only")):
+            continue
+        value, low, high = values["rmse"]
+        cost = values["flops"] + values["head_flops"]
+        axis.errorbar(
+            max(cost, 1e-3), value, yerr=[[value - low], [high - value]], fmt="o", markersize=4
+        )
+        axis.annotate(
+            values["name"].removesuffix(": jsd + kl"),
+            (max(cost, 1e-3), value),
+            textcoords="offset points",
+            xytext=(5, 3),
+            fontsize=7,
+        )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations beyond the target's pass, in units of it (LM heads included)",
+        ylabel="RMSE against EU*, nats",
+    )
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
