@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from eu_compare import Estimate, Floats
+from eu_probe import inputs, load_probe
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +21,8 @@ from drafts.reference import Reference
 from osd.corpus import Text
 from osd.posterior import tokur_states
 from osd.schedule import derived_seed
-from osd.teacher import Teacher
+from osd.states import FreshStates
+from osd.teacher import Teacher, collate
 
 MAX_TOKENS = 512
 _ROWS = 16
@@ -145,6 +148,24 @@ def of_ensemble(
                 )
             )
     return estimates
+
+
+def probe(teacher: Teacher, texts: list[Text], file: Path) -> Estimate:
+    """A network regressed onto EU* (benchmarks/eu_probe.py)."""
+    network = load_probe(file)
+    states = FreshStates(teacher, network.layers)
+    values = []
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for text in tqdm(texts, desc="probe", unit="text"):
+            batch = collate([text], MAX_TOKENS)
+            clean = states.clean([text], batch)
+            values.append(network(inputs(clean, batch)).double().numpy())
+    seconds = time.perf_counter() - started
+    weights = network.up.weight.numel() + network.down.weight.numel()
+    config = teacher.model.config
+    flops = weights / (layers_cost(config) + head_cost(config))
+    return Estimate("probe on EU*", values, flops, 0.0, seconds)
 
 
 def rows_of(text: Text) -> slice:

@@ -22,6 +22,7 @@ import logging
 import os
 import platform
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import eu_estimators
 import numpy as np
 import torch
 import yaml
-from eu_compare import Estimate, Floats, rmse_ratio, row
+from eu_compare import Estimate, Floats, best_scale, rmse_ratio, row
 from eu_plots import plot_cost, plot_scatter
 from transformers import AutoModelForCausalLM
 
@@ -113,6 +114,7 @@ def estimated(
         ensemble = load_ensemble(entry["folder"])
         counts = entry.get("counts", ())
         found += eu_estimators.of_ensemble(entry["name"], teacher, ensemble, texts, counts)
+    found.append(eu_estimators.probe(teacher, texts, Path(plan["probe"]).expanduser()))
     for estimate in found:
         estimate.time /= seconds
     return [eu_estimators.constant(truth), Estimate("target entropy", entropies), *found]
@@ -146,12 +148,19 @@ def checked(
     found = []
     for goal in goals:
         if "over" in goal:
-            value = rmse_ratio(by_name[goal["row"]], by_name[goal["over"]], truth)
+            rival = by_name[goal["over"]]
+            if goal.get("scaled"):
+                scale = best_scale(rival.values[1::2], truth[1::2])
+                rival = replace(rival, values=[scale * values for values in rival.values])
+            value = rmse_ratio(by_name[goal["row"]], rival, truth)
         else:
             number = row_of[goal["row"]][goal["number"]]
             value = number if isinstance(number, list) else [number]
-        holds = value[0] >= goal["bound"] if goal["at_least"] else value[0] <= goal["bound"]
-        found.append({"name": goal["name"], "value": value, "bound": goal["bound"], "holds": holds})
+        if "at_least" in goal:
+            bound, holds = goal["at_least"], value[0] >= goal["at_least"]
+        else:
+            bound, holds = goal["at_most"], value[0] <= goal["at_most"]
+        found.append({"name": goal["name"], "value": value, "bound": bound, "holds": holds})
     return found
 
 

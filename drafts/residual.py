@@ -2,8 +2,9 @@
 
     q_k = softmax(W (h + B m_k)),    m_k = mu(x) + Phi(x) z_k + sigma(x) * eps_k
 
-W is the target's LM head, h its final hidden state, x = h and a few inner hidden states ("taps"),
-B a fixed basis of r directions, and z_k, eps_k ~ N(0, I) are drawn once per draft and kept with
+W is the target's LM head, h its final hidden state, x = h, a few inner hidden states ("taps") and
+four numbers that say how sure p is (`confidence`, which no small network finds from h by itself), B
+a fixed basis of r directions, and z_k, eps_k ~ N(0, I) are drawn once per draft and kept with
 the weights. This is Gaussian distillation (deep latent factor model, arXiv 2510.19290, section 3)
 carried from a process over V logits to one over d numbers, since logits are linear in h. One
 student gives any number of drafts; each costs no attention and no KV cache.
@@ -13,6 +14,7 @@ The same module runs in the vLLM model and in the reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from drafts.errors import ManifestError
 
 CONFIG_NAME = "config.json"
+N_CONFIDENCE = 4
 
 
 class ResidualConfig(BaseModel):
@@ -51,6 +54,22 @@ class ResidualConfig(BaseModel):
             raise ManifestError(f"{folder}: no usable residual {CONFIG_NAME} ({error})") from error
 
 
+def confidence(logits_TV: Tensor) -> Tensor:
+    """How sure a distribution is, [T, 4], float32: its entropy, the standard deviation of log p(y)
+    over y ~ p, and the log-probs of its two most likely tokens, all in nats.
+
+    Args:
+        logits_TV: logits or log-probs.
+    """
+    logits = logits_TV.float()
+    floor = math.log(torch.finfo(logits.dtype).tiny)  # so that 0 * log 0 is 0
+    logp, p = torch.log_softmax(logits, -1).clamp_min_(floor), torch.softmax(logits, -1)
+    mean = torch.linalg.vecdot(p, logp)
+    spread = torch.linalg.vecdot(p, logp.square()) - mean.square()
+    top = logp.topk(2, dim=-1).values.clamp_min(-10)
+    return torch.cat([torch.stack([-mean, spread.clamp_min(0).sqrt()], -1), top], -1)
+
+
 class ResidualHead(nn.Module):
     """The move of h for one student and all of its draws."""
 
@@ -63,7 +82,7 @@ class ResidualHead(nn.Module):
         self.config = config
         inputs = config.hidden_size * (1 + len(config.taps))
         outputs = config.rank * (config.factors + 2)
-        self.up = nn.Linear(inputs, config.width)
+        self.up = nn.Linear(inputs + N_CONFIDENCE, config.width)
         self.down = nn.Linear(config.width, outputs)
         self.register_buffer("basis", torch.empty(config.hidden_size, config.rank))
         self.register_buffer("z", torch.empty(config.draws, config.factors))
@@ -85,19 +104,29 @@ class ResidualHead(nn.Module):
         """Load a checkpoint in place, as vLLM's modules do; every tensor must be there."""
         self.load_state_dict(dict(weights), strict=True)
 
-    def latent(self, h_Td: Tensor, taps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """mu [T, r], Phi [T, r, q] and sigma [T, r] of the move, from h and the taps [T, d]."""
+    def latent(
+        self, h_Td: Tensor, taps: list[Tensor], confidence_T4: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """mu [T, r], Phi [T, r, q] and sigma [T, r] of the move.
+
+        Args:
+            h_Td: the target's final hidden states.
+            taps: those after the layers of the config, [T, d] each.
+            confidence_T4: `confidence` of the target's logits.
+        """
         # Hidden states differ in scale by orders of magnitude between layers, hence the norms.
         states = [F.rms_norm(state.float(), state.shape[-1:]) for state in (h_Td, *taps)]
-        x = torch.cat(states, dim=-1).to(self.up.weight.dtype)
+        x = torch.cat([*states, confidence_T4.float()], dim=-1).to(self.up.weight.dtype)
         out = self.down(F.silu(self.up(x))).float()
         mu, rest = out.split([self.config.rank, out.shape[-1] - self.config.rank], dim=-1)
         raw_sigma, phi = rest.split([self.config.rank, rest.shape[-1] - self.config.rank], dim=-1)
         return mu, phi.unflatten(-1, (self.config.rank, self.config.factors)), F.softplus(raw_sigma)
 
-    def forward(self, h_Td: Tensor, taps: list[Tensor], draws: list[int]) -> list[Tensor]:
+    def forward(
+        self, h_Td: Tensor, taps: list[Tensor], confidence_T4: Tensor, draws: list[int]
+    ) -> list[Tensor]:
         """The moved hidden states [T, d], one for each draw asked for, in the dtype of h."""
-        mu, phi, sigma = self.latent(h_Td, taps)
+        mu, phi, sigma = self.latent(h_Td, taps, confidence_T4)
         basis = self.basis.float()
         moved = []
         for draw in draws:

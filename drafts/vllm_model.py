@@ -42,7 +42,7 @@ from drafts import channel
 from drafts.divergence import block_rows, measure_block
 from drafts.errors import DraftsError
 from drafts.manifest import Ensemble, ExitDraft, Member, ModelDraft, ResidualDraft, load_ensemble
-from drafts.residual import ResidualHead
+from drafts.residual import ResidualHead, confidence
 from drafts.weights import read_member
 
 if TYPE_CHECKING:
@@ -206,7 +206,9 @@ class EnsembleForCausalLM(nn.Module):
         wanted = wanted_B1.squeeze(-1).nonzero().squeeze(-1)
         if wanted.numel() == 0:
             return
-        draft_logits = self._draft_logits(h_Bd[wanted], [state[wanted] for state in states])
+        draft_logits = self._draft_logits(
+            h_Bd[wanted], [state[wanted] for state in states], logits_BV[wanted]
+        )
         values_MB = out_BW.new_empty(channel.M, wanted.numel())
         size = block_rows(len(draft_logits) * self.vocab_size, out_BW.device)
         for start in range(0, wanted.numel(), size):
@@ -216,16 +218,17 @@ class EnsembleForCausalLM(nn.Module):
         values_MB[:, broken_B[wanted]] = torch.nan
         columns_BM[wanted] = channel.encode(values_MB.T)
 
-    def _draft_logits(self, h_Bd: Tensor, states: list[Tensor]) -> list[Tensor]:
+    def _draft_logits(self, h_Bd: Tensor, states: list[Tensor], target_BV: Tensor) -> list[Tensor]:
         """Logits [B, V] of each draft."""
         own, taps = states[: len(self.members)], states[len(self.members) :]
         logits = []
         for (name, module), state in zip(self.members.items(), own, strict=True):
             head = self.target if name in self.exits else module
             logits.append(head.compute_logits(state))
+        sure_B4 = confidence(target_BV) if len(self.students) else None
         for student, draws in zip(self.students, self.draws, strict=True):
             mine, taps = taps[: len(student.config.taps)], taps[len(student.config.taps) :]
-            logits += [self.target.compute_logits(h) for h in student(h_Bd, mine, draws)]
+            logits += [self.target.compute_logits(h) for h in student(h_Bd, mine, sure_B4, draws)]
         return logits
 
     # Weights.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drafts.divergence import measures
 from osd.corpus import Text
-from osd.states import States
+from osd.states import Clean, States
 from osd.students import Trainee
 from osd.teacher import Batch, collate
 
@@ -49,21 +49,22 @@ class HeldOut:
     ) -> None:
         self.head_Vd = head_Vd
         ordered = sorted(texts, key=lambda text: len(text.token_ids))
-        self.batches: list[tuple[Batch, dict[int, Tensor], Tensor, list[Tensor]]] = []
+        self.batches: list[tuple[Batch, Clean, list[Tensor]]] = []
         for start in range(0, len(ordered), _TEXTS):
             chosen = ordered[start : start + _TEXTS]
             batch = collate(chosen, max_tokens, self.head_Vd.device)
-            h, inner = states.clean(chosen, batch)
+            clean = states.clean(chosen, batch)
             members = [states.draw(chosen, batch, draw, seed + draw) for draw in range(draws)]
-            self.batches.append((batch, inner, h, members))
+            self.batches.append((batch, clean, members))
 
     @torch.no_grad()
     def measure(self, students: Sequence[Trainee]) -> Agreement:
         """Compare the drafts of all students with p_T."""
         totals = torch.zeros(len(Agreement._fields), dtype=torch.float64)
         n_tokens = 0
-        for batch, states, h, members in self.batches:
-            drafts = [draft for s in students for draft in s.drafts(batch, states, h)]
+        for batch, clean, members in self.batches:
+            drafts = [draft for s in students for draft in s.drafts(batch, clean)]
+            h = clean.h_Td
             n_tokens += len(h)
             for start in range(0, len(h), _ROWS):
                 rows = slice(start, start + _ROWS)

@@ -30,6 +30,7 @@ from drafts.divergence import measures
 
 # Rows whose logits are held at once; 128 x 152k x float32 are 78 MB.
 _ROWS = 128
+_NEGLIGIBLE = 1e-3
 
 
 class Student(NamedTuple):
@@ -89,7 +90,7 @@ class Moves(NamedTuple):
     sigma_Tr: Tensor
 
 
-def latent_factor_nll(moves: Moves, m_Tr: Tensor, group_T: Tensor | None = None) -> Tensor:
+def latent_factor_nll(moves: Moves, m_MTr: Tensor, group_T: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood of moves, in nats a token, with z integrated out.
 
     The closed marginal N(mu, Phi Phi^T + diag sigma^2), by Woodbury and the determinant lemma: what
@@ -97,25 +98,27 @@ def latent_factor_nll(moves: Moves, m_Tr: Tensor, group_T: Tensor | None = None)
 
     Args:
         moves: the model.
-        m_Tr: what the teacher did.
+        m_MTr: what the teacher did at M draws; each draw has a z of its own.
         group_T: tokens with the same number (0 to G - 1) share one z, as those of one draw of the
             weights do in the model of arXiv 2510.19290; None gives each token its own.
     """
     mu, phi, sigma = moves
     n_tokens, rank, n_factors = phi.shape
-    scaled = (m_Tr - mu) / sigma
+    scaled_TMr = ((m_MTr - mu) / sigma).transpose(0, 1)
+    n_draws = scaled_TMr.shape[1]
     phi_s = phi / sigma.unsqueeze(-1)
     inner = phi_s.transpose(1, 2) @ phi_s  # [T, q, q]
-    cross = (phi_s.transpose(1, 2) @ scaled.unsqueeze(-1)).squeeze(-1)  # [T, q]
+    cross = scaled_TMr @ phi_s  # [T, M, q]
     if group_T is not None:
         n_groups = int(group_T.max()) + 1
         inner = inner.new_zeros(n_groups, n_factors, n_factors).index_add(0, group_T, inner)
-        cross = cross.new_zeros(n_groups, n_factors).index_add(0, group_T, cross)
+        cross = cross.new_zeros(n_groups, n_draws, n_factors).index_add(0, group_T, cross)
     precision = inner + torch.eye(n_factors, dtype=inner.dtype, device=inner.device)
     factor = torch.linalg.cholesky(precision)
-    white = torch.linalg.solve_triangular(factor, cross.unsqueeze(-1), upper=False)
+    white = torch.linalg.solve_triangular(factor, cross.transpose(1, 2), upper=False)
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum()
-    total: Tensor = scaled.square().sum() - white.square().sum() + log_det + 2 * sigma.log().sum()
+    squares = (scaled_TMr.square().sum() - white.square().sum()) / n_draws
+    total: Tensor = squares + log_det + 2 * sigma.log().sum()
     return 0.5 * (total / n_tokens + rank * math.log(2 * math.pi))
 
 
@@ -132,18 +135,25 @@ def mean_kl(moves_KTr: Tensor, directions_Vr: Tensor, logp_TV: Tensor) -> Tensor
 class _MeanKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, moves_KTr: Tensor, directions_Vr: Tensor, logp_TV: Tensor) -> Tensor:
-        grads, total = torch.empty_like(moves_KTr), torch.zeros_like(logp_TV[:, 0])
-        for move_Tr, grad_Tr in zip(moves_KTr, grads, strict=True):
-            logits = torch.addmm(logp_TV, move_Tr, directions_Vr.T)
-            logq = torch.log_softmax(logits, -1)
-            q = logq.exp()
-            ratio = logq.sub_(logp_TV)
-            kl = torch.linalg.vecdot(q, ratio)
-            total += kl
+        n_drafts, _, rank = moves_KTr.shape
+        grads, values = torch.empty_like(moves_KTr), []
+        size = max(1, 2 * _ROWS // n_drafts)
+        for start in range(0, moves_KTr.shape[1], size):
+            block = slice(start, start + size)
+            logp_BV = logp_TV[block]
+            # All drafts in one product: the other factor is large, and few rows are read with it.
+            moved = moves_KTr[:, block].reshape(-1, rank) @ directions_Vr.T
+            logq_KBV = torch.log_softmax(moved.view(n_drafts, *logp_BV.shape).add_(logp_BV), -1)
+            q_KBV = logq_KBV.exp()
+            ratio_KBV = logq_KBV.sub_(logp_BV)
+            kl_KB = torch.linalg.vecdot(q_KBV, ratio_KBV)
+            values.append(kl_KB.mean(0))
             # d KL / d logits = q (log q/p - KL)
-            grad_Tr.copy_((ratio.sub_(kl.unsqueeze(-1)).mul_(q)) @ directions_Vr)
-        ctx.save_for_backward(grads.div_(len(grads)))
-        return total / len(grads)
+            grad_KBV = ratio_KBV.sub_(kl_KB.unsqueeze(-1)).mul_(q_KBV)
+            grad = grad_KBV.flatten(0, 1) @ directions_Vr
+            grads[:, block] = grad.view(n_drafts, -1, rank)
+        ctx.save_for_backward(grads.div_(n_drafts))
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,19 +167,32 @@ def sampled_eu(teacher_MTd: Tensor, head_Vd: Tensor) -> Tensor:
     n_draws = len(teacher_MTd)
     values = []
     for block_MBd in torch.split(teacher_MTd, max(1, _ROWS // n_draws), dim=1):
-        logits = F.linear(block_MBd, head_Vd).float()
+        # Flat: of a strided block, torch would copy the LM head for each draw.
+        logits = (
+            F.linear(block_MBd.flatten(0, 1), head_Vd).float().reshape(n_draws, -1, len(head_Vd))
+        )
         values.append(measures(logits, logits[0]).jsd * n_draws / (n_draws - 1))
     return torch.cat(values)
+
+
+def eu_mismatch(estimate_T: Tensor, noisy_T: Tensor) -> Tensor:
+    """How far an estimate of EU* is from what few draws show: the gamma deviance, which weighs
+    small values as it does large ones, and the squared error in units of the draws' mean square,
+    which sees an estimate that is now and then far too large. Both have one minimum.
+    """
+    error = (estimate_T - noisy_T).square().mean() / noisy_T.square().mean()
+    return gamma_deviance(estimate_T, noisy_T) + error
 
 
 def gamma_deviance(estimate_T: Tensor, noisy_T: Tensor) -> Tensor:
     """Mean of y / x + log x: least where x is the expectation of y, for noise that grows with it.
 
     Half the deviance of a gamma distribution, up to a constant of the data. The squared error has
-    the same minimum, but with EU* from few draws it hears little but its largest values.
+    the same minimum, but with EU* from few draws it hears little but its largest values. A
+    thousandth of a nat is added to both, below which no one needs to tell values apart.
     """
-    estimate = estimate_T.clamp_min(1e-6)
-    return (noisy_T / estimate + estimate.log()).mean()
+    estimate = estimate_T + _NEGLIGIBLE
+    return ((noisy_T + _NEGLIGIBLE) / estimate + estimate.log()).mean()
 
 
 class MoveBasis(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -25,13 +25,18 @@ from osd.teacher import Batch, Teacher, collate
 _GROUP = 8
 
 
+class Clean(NamedTuple):
+    """What the unperturbed target makes of the T rows of a batch."""
+
+    h_Td: Tensor  # final hidden states, float32
+    states: dict[int, Tensor]  # those after some layers, [B, L, d]
+    confidence_T4: Tensor  # `drafts.residual.confidence` of the logits
+
+
 class States(Protocol):
     """Hidden states of texts that were padded to one batch."""
 
-    def clean(self, texts: Sequence[Text], batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
-        """Of the unperturbed target: final states [T, d] of the rows, float32, and the states
-        [B, L, d] after some layers."""
-        ...
+    def clean(self, texts: Sequence[Text], batch: Batch) -> Clean: ...
 
     def draw(self, texts: Sequence[Text], batch: Batch, visit: int, seed: int) -> Tensor:
         """Final states [T, d] of the rows at a draw of the posterior, float32.
@@ -48,9 +53,10 @@ class FreshStates:
         self.teacher = teacher
         self.layers = tuple(layers)
 
-    def clean(self, texts: Sequence[Text], batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
+    def clean(self, texts: Sequence[Text], batch: Batch) -> Clean:
         final, states = self.teacher.states(batch, self.layers)
-        return batch.rows(final).float(), states
+        h_Td = batch.rows(final).float()
+        return Clean(h_Td, states, self.teacher.confidence(h_Td))
 
     def draw(self, texts: Sequence[Text], batch: Batch, visit: int, seed: int) -> Tensor:
         return self.teacher.draw(batch, seed)
@@ -96,7 +102,7 @@ class KeptStates:
             for number, group in enumerate(groups)
             for place, i in enumerate(group)
         }
-        names = ["final", *(f"layer-{layer}" for layer in self.layers)]
+        names = ["final", *(f"layer-{layer}" for layer in self.layers), "confidence"]
         names += [f"draw-{draw}" for draw in range(draws)]
         for number, group in enumerate(tqdm(groups, desc="states of the target", unit="batch")):
             missing = [name for name in names if not self._file(number, name).exists()]
@@ -104,15 +110,15 @@ class KeptStates:
                 chosen = [texts[i] for i in group]
                 self._make(teacher, chosen, number, missing, max_tokens, seed)
 
-    def clean(self, texts: Sequence[Text], batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
-        final = torch.cat(self._read(texts, "final")).float()
+    def clean(self, texts: Sequence[Text], batch: Batch) -> Clean:
         states = {
             layer: torch.nn.utils.rnn.pad_sequence(
                 self._read(texts, f"layer-{layer}"), batch_first=True
             )
             for layer in self.layers
         }
-        return final, states
+        final = torch.cat(self._read(texts, "final")).float()
+        return Clean(final, states, torch.cat(self._read(texts, "confidence")))
 
     def draw(self, texts: Sequence[Text], batch: Batch, visit: int, seed: int) -> Tensor:
         return torch.cat(self._read(texts, f"draw-{visit % self.draws}")).float()
@@ -144,6 +150,9 @@ class KeptStates:
             for name, state in kept.items():
                 self._write(number, name, [s[:n] for s, n in zip(state, lengths, strict=True)])
             self._write(number, "final", batch.by_text(batch.rows(final)))
+        if "confidence" in names:
+            h_Td = torch.cat(self._read(texts, "final")).float()
+            self._write(number, "confidence", batch.by_text(teacher.confidence(h_Td)))
         for name in names:
             if name.startswith("draw-"):
                 theta = derived_seed(seed, "draw", number, name)

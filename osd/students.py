@@ -23,12 +23,14 @@ from osd.objectives import (
     MoveBasis,
     Moves,
     Student,
+    eu_mismatch,
     forward_kl,
-    gamma_deviance,
     latent_factor_nll,
     mean_kl,
     sampled_eu,
 )
+from osd.precision import bfloat16_products
+from osd.states import Clean
 from osd.teacher import Batch
 
 
@@ -36,8 +38,7 @@ class Lesson(NamedTuple):
     """What a step shows a student: T rows of a batch and what a teacher made of them."""
 
     batch: Batch
-    states: dict[int, Tensor]  # after some of the target's layers, [B, L, d]
-    h_Td: Tensor  # the target's own final states
+    clean: Clean
     teacher_MTd: Tensor  # final states of M teachers
     chosen: Tensor  # rows on which divergences over the vocabulary are taken
 
@@ -50,7 +51,7 @@ class Trainee(Protocol):
 
     def loss(self, lesson: Lesson) -> Tensor: ...
 
-    def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
+    def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
         """Final states and LM head of each draft that the student gives."""
         ...
 
@@ -67,9 +68,11 @@ class ResidualStudent:
         config: ResidualDrafts,
         head_Vd: Tensor,
         basis: MoveBasis,
+        dtype: torch.dtype,
         seed: int,
     ) -> None:
         self.config = config
+        self.dtype = dtype
         self.head_Vd = head_Vd
         self.layers = config.layers
         self.into_dr = basis.into_dr
@@ -92,13 +95,12 @@ class ResidualStudent:
         self.directions_Vr = head_Vd @ self.head.basis
 
     def loss(self, lesson: Lesson) -> Tensor:
-        batch, states, h, teacher_MTd, chosen = lesson
-        moves = Moves(*self.head.latent(h, self._taps(batch, states)))
+        batch, clean, teacher_MTd, chosen = lesson
+        h = clean.h_Td
+        moves = Moves(*self.head.latent(h, self._taps(batch, clean), clean.confidence_T4))
         group = torch.zeros_like(batch.text_T) if self.config.shared_z else None
-        nll = torch.stack(
-            [latent_factor_nll(moves, (draw - h) @ self.into_dr, group) for draw in teacher_MTd]
-        )
-        loss = nll.mean() / self.config.rank
+        m_MTr = (teacher_MTd - h) @ self.into_dr
+        loss = latent_factor_nll(moves, m_MTr, group) / self.config.rank
         if self.config.match:
             shown = Moves(*(part[chosen] for part in moves))
             loss = loss + self.config.match * self._mismatch(
@@ -108,18 +110,20 @@ class ResidualStudent:
 
     def _mismatch(self, moves: Moves, h_Td: Tensor, teacher_MTd: Tensor) -> Tensor:
         """How far the service's answer from this student's drafts is from EU*."""
-        eu_T = sampled_eu(teacher_MTd, self.head_Vd)
-        logp_TV = torch.log_softmax(F.linear(h_Td, self.head_Vd), -1)
         moves_KTr = torch.stack(
             [
                 moves.mu_Tr + moves.phi_Trq @ z + moves.sigma_Tr * eps
                 for z, eps in zip(self.head.z, self.head.eps, strict=True)
             ]
         )
-        return gamma_deviance(mean_kl(moves_KTr, self.directions_Vr, logp_TV), eu_T)
+        with bfloat16_products(self.dtype == torch.bfloat16):
+            eu_T = sampled_eu(teacher_MTd, self.head_Vd)
+            logp_TV = torch.log_softmax(F.linear(h_Td, self.head_Vd), -1)
+            return eu_mismatch(mean_kl(moves_KTr, self.directions_Vr, logp_TV), eu_T)
 
-    def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
-        moved = self.head(h, self._taps(batch, states), list(range(self.config.draws)))
+    def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
+        taps, draws = self._taps(batch, clean), list(range(self.config.draws))
+        moved = self.head(clean.h_Td, taps, clean.confidence_T4, draws)
         return [Student(state, self.head_Vd) for state in moved]
 
     def save(self, folder: Path) -> list[dict[str, object]]:
@@ -134,8 +138,8 @@ class ResidualStudent:
             for draw in range(self.config.draws)
         ]
 
-    def _taps(self, batch: Batch, states: dict[int, Tensor]) -> list[Tensor]:
-        return [batch.rows(states[layer]) for layer in self.layers]
+    def _taps(self, batch: Batch, clean: Clean) -> list[Tensor]:
+        return [batch.rows(clean.states[layer]) for layer in self.layers]
 
 
 def quadrature(
@@ -171,22 +175,23 @@ class ExitStudent:
         self.module = _trainable(model, config.lora_rank, seed).to(head_Vd.device)
 
     def loss(self, lesson: Lesson) -> Tensor:
-        h_Td, head_Vd = self._student(lesson.batch, lesson.states)
+        h_Td, head_Vd = self._student(lesson.batch, lesson.clean)
         (teacher_Td,) = lesson.teacher_MTd
         chosen = lesson.chosen
-        return forward_kl(Student(h_Td[chosen], head_Vd), teacher_Td[chosen], self.head_Vd)
+        with bfloat16_products(self.dtype == torch.bfloat16):
+            return forward_kl(Student(h_Td[chosen], head_Vd), teacher_Td[chosen], self.head_Vd)
 
-    def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
-        return [self._student(batch, states)]
+    def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
+        return [self._student(batch, clean)]
 
     def save(self, folder: Path) -> list[dict[str, object]]:
         _save(self.module, self.folder, folder)
         return [{"kind": "exit", "source": folder.name, "layer": self.config.layer}]
 
-    def _student(self, batch: Batch, states: dict[int, Tensor]) -> Student:
+    def _student(self, batch: Batch, clean: Clean) -> Student:
         with _compute(self.dtype, self.head_Vd.device):
             out = _base(self.module)(
-                inputs_embeds=states[self.config.layer], attention_mask=batch.mask_BL
+                inputs_embeds=clean.states[self.config.layer], attention_mask=batch.mask_BL
             )
         return Student(batch.rows(out.last_hidden_state).to(self.head_Vd.dtype), self.head_Vd)
 
@@ -208,13 +213,14 @@ class ModelStudent:
         self.module = _trainable(_load(folder), config.lora_rank, seed).to(teacher_head_Vd.device)
 
     def loss(self, lesson: Lesson) -> Tensor:
-        ((h_Td, head_Vd),) = self.drafts(lesson.batch, lesson.states, lesson.h_Td)
+        ((h_Td, head_Vd),) = self.drafts(lesson.batch, lesson.clean)
         (teacher_Td,) = lesson.teacher_MTd
         chosen = lesson.chosen
         student = Student(h_Td[chosen], head_Vd)
-        return forward_kl(student, teacher_Td[chosen], self.teacher_head_Vd)
+        with bfloat16_products(self.dtype == torch.bfloat16):
+            return forward_kl(student, teacher_Td[chosen], self.teacher_head_Vd)
 
-    def drafts(self, batch: Batch, states: dict[int, Tensor], h: Tensor) -> list[Student]:
+    def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
         with _compute(self.dtype, self.teacher_head_Vd.device):
             out = _base(self.module)(batch.ids_BL, attention_mask=batch.mask_BL)
         head = self.module.get_output_embeddings().weight

@@ -174,8 +174,8 @@ class Run:
 
     def _lesson(self, number: int, index: int, texts: list[Text], batch: Batch) -> Lesson:
         config = self.config
-        h_Td, states = self.states.clean(texts, batch)
-        teachers = h_Td.unsqueeze(0)
+        clean = self.states.clean(texts, batch)
+        teachers = clean.h_Td.unsqueeze(0)
         if config.teacher == "posterior":
             count = getattr(config.drafts, "teacher_draws", 1)
             visit = index // batches_per_epoch(self.texts[number], config.texts) * count
@@ -184,8 +184,8 @@ class Run:
                 [self.states.draw(texts, batch, visit + n, seed) for n, seed in enumerate(seeds)]
             )
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "rows", number, index))
-        chosen = torch.randperm(len(h_Td), generator=generator)[: config.loss_tokens]
-        return Lesson(batch, states, h_Td, teachers, chosen.to(h_Td.device))
+        chosen = torch.randperm(len(clean.h_Td), generator=generator)[: config.loss_tokens]
+        return Lesson(batch, clean, teachers, chosen.to(clean.h_Td.device))
 
     def _diverged(self, number: int) -> OsdError:
         return OsdError(
@@ -279,7 +279,7 @@ def _students(
     seeds = [derived_seed(config.seed, "student", number) for number in range(drafts.students)]
     if isinstance(drafts, ResidualDrafts):
         basis = _move_basis(config, drafts, teacher.head_Vd, states, texts)
-        return [ResidualStudent(drafts, teacher.head_Vd, basis, seed) for seed in seeds]
+        return [ResidualStudent(drafts, teacher.head_Vd, basis, dtype, seed) for seed in seeds]
     if isinstance(drafts, ModelDrafts):
         source = resolve_source(Path.cwd(), drafts.source, drafts.revision)
         return [ModelStudent(drafts, source, teacher.head_Vd, dtype, seed) for seed in seeds]
@@ -311,7 +311,7 @@ def _move_basis(
     while sum(map(len, rows)) < drafts.basis_rows:
         chosen = batch_at(texts, index, config.texts, derived_seed(config.seed, "basis"))
         batch = collate(chosen, config.max_tokens, head_Vd.device)
-        h, _ = states.clean(chosen, batch)
+        h = states.clean(chosen, batch).h_Td
         draw = states.draw(chosen, batch, index, derived_seed(config.seed, "basis", index))
         rows.append(h)
         moves.append(draw - h)

@@ -167,9 +167,9 @@ def random_moves(n: int, r: int, q: int, seed: int) -> tuple[Moves, torch.Tensor
 def test_the_marginal_is_the_dense_gaussian(n: int, r: int, q: int, seed: int) -> None:
     moves, m = random_moves(n, r, q, seed)
     expected = dense_nll(moves, m)
-    assert torch.allclose(latent_factor_nll(moves, m), expected, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(latent_factor_nll(moves, m[None]), expected, rtol=1e-3, atol=1e-3)
     # One group a token is no group at all; one group for all couples the tokens.
-    alone = latent_factor_nll(moves, m, torch.arange(n))
+    alone = latent_factor_nll(moves, m[None], torch.arange(n))
     assert torch.allclose(alone, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -178,7 +178,7 @@ def test_a_shared_z_is_one_gaussian_over_all_tokens() -> None:
     phi = moves.phi_Trq.flatten(0, 1)
     covariance = phi @ phi.T + torch.diag(moves.sigma_Tr.flatten() ** 2)
     joint = torch.distributions.MultivariateNormal(moves.mu_Tr.flatten(), covariance)
-    got = latent_factor_nll(moves, m, torch.zeros(4, dtype=torch.long))
+    got = latent_factor_nll(moves, m[None], torch.zeros(4, dtype=torch.long))
     assert torch.allclose(got, -joint.log_prob(m.flatten()) / 4, rtol=1e-3)
 
 
@@ -198,7 +198,7 @@ def test_planted_factors_are_recovered() -> None:
         moves = Moves(
             free[0].expand(n, r), free[1].expand(n, r, q), F.softplus(free[2]).expand(n, r)
         )
-        loss = latent_factor_nll(moves, m)
+        loss = latent_factor_nll(moves, m[None])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

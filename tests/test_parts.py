@@ -17,7 +17,7 @@ from drafts import channel
 from drafts.aggregate import aggregate
 from drafts.errors import NonFiniteError
 from drafts.gate import Gate
-from drafts.residual import ResidualConfig, ResidualHead
+from drafts.residual import ResidualConfig, ResidualHead, confidence
 from drafts.scores import TokenScores
 from drafts.spans import find_spans
 from server.settings import Settings, read_settings
@@ -28,10 +28,10 @@ from server.settings import Settings, read_settings
 def test_residual_is_its_formula() -> None:
     config = ResidualConfig(hidden_size=8, taps=[2], rank=3, factors=2, width=5, draws=4)
     head = ResidualHead(config).initialise(torch.Generator().manual_seed(0), scale=0.5)
-    h, tap = torch.randn(6, 8), torch.randn(6, 8)
-    mu, phi, sigma = head.latent(h, [tap])
+    h, tap, sure = torch.randn(6, 8), torch.randn(6, 8), torch.randn(6, 4)
+    mu, phi, sigma = head.latent(h, [tap], sure)
     assert (sigma > 0).all()
-    for draw, moved in zip((1, 3), head(h, [tap], [1, 3]), strict=True):
+    for draw, moved in zip((1, 3), head(h, [tap], sure, [1, 3]), strict=True):
         move = mu + torch.einsum("trq,q->tr", phi, head.z[draw]) + sigma * head.eps[draw]
         torch.testing.assert_close(moved, h + torch.einsum("dr,tr->td", head.basis, move))
 
@@ -39,12 +39,24 @@ def test_residual_is_its_formula() -> None:
 def test_residual_draws_differ_and_stay_fixed() -> None:
     config = ResidualConfig(hidden_size=8, rank=3, factors=2, width=5, draws=2)
     head = ResidualHead(config).initialise(torch.Generator().manual_seed(0), scale=0.5)
-    h = torch.randn(4, 8)
-    one, other = head(h, [], [0, 1])
+    h, sure = torch.randn(4, 8), torch.randn(4, 4)
+    one, other = head(h, [], sure, [0, 1])
     assert not torch.allclose(one, other)
     again = ResidualHead(config)
     again.load_weights(head.state_dict().items())
-    torch.testing.assert_close(again(h, [], [0])[0], one)
+    torch.testing.assert_close(again(h, [], sure, [0])[0], one)
+
+
+def test_confidence_is_that_of_the_distribution() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.125, 0.125], [1.0, 0.0, 0.0, 0.0], [0.25] * 4])
+    entropy, spread, first, second = confidence(p.log() + 3).T
+    log2 = math.log(2)
+    torch.testing.assert_close(entropy, torch.tensor([1.75, 0.0, 2.0]) * log2)
+    # -log2 p is 1, 2, 3, 3: its mean square is 0.5 + 4 / 4 + 9 / 4.
+    expected = torch.tensor([(3.75 - 1.75**2) ** 0.5, 0.0, 0.0]) * log2
+    torch.testing.assert_close(spread, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(first, torch.tensor([-1.0, 0.0, -2.0]) * log2)
+    torch.testing.assert_close(second, torch.tensor([-2 * log2, -10.0, -2 * log2]))
 
 
 # Metric channel.

@@ -45,12 +45,13 @@ def test_they_are_what_a_forward_pass_gives(teacher: Teacher, tmp_path: Path) ->
     states = kept(teacher, texts, tmp_path)
     chosen = [texts[3], texts[17], texts[0]]
     batch = collate(chosen, MAX_TOKENS)
-    expected_h, expected = FreshStates(teacher, LAYERS).clean(chosen, batch)
-    h, inner = states.clean(chosen, batch)
+    expected_h, expected, expected_confidence = FreshStates(teacher, LAYERS).clean(chosen, batch)
+    h, inner, confidence = states.clean(chosen, batch)
     # Batches of other sizes sum in another order.
     narrow = teacher.model.dtype == torch.bfloat16
     tolerance = {"atol": 0.06, "rtol": 0.03} if narrow else {"atol": 1e-5, "rtol": 1e-5}
     assert torch.allclose(h, expected_h, **tolerance)
+    assert torch.allclose(confidence, expected_confidence, **tolerance)
     assert inner.keys() == expected.keys() == set(LAYERS)
     for layer, state in inner.items():
         assert state.shape == expected[layer].shape
