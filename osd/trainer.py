@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from drafts.init import copy_exit, write_manifest
+from drafts.exits import copy_exit
+from drafts.init import write_manifest
 from drafts.manifest import load_ensemble, resolve_source
 from osd import checkpoint
 from osd.config import DistillConfig, ExitDrafts, ModelDrafts, ResidualDrafts

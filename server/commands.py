@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -15,14 +15,10 @@ from drafts.init import default_folder, init_default
 
 def init(
     folder: Annotated[Path | None, typer.Argument(help="default: the user's cache folder")] = None,
-    drafts: Annotated[
-        Literal["residual", "exit"],
-        typer.Option(help="residual: the default; exit: those of arXiv 2602.01956"),
-    ] = "residual",
 ) -> None:
     """Make the default ensemble on this machine."""
     try:
-        init_default(folder or default_folder(drafts), typer.echo, drafts)
+        init_default(folder or default_folder(), typer.echo)
     except (DraftsError, OSError) as error:
         _fail(error)
 

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
-from drafts.init import copy_exit, default_folder, init_default, write_manifest
+from drafts.exits import copy_exit
+from drafts.init import default_folder, init_default, write_manifest
 from drafts.manifest import load_ensemble
 from drafts.reference import Reference
 from drafts.residual import ResidualConfig

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from drafts.errors import ManifestError, WeightsError
-from drafts.init import copy_exit, default_folder, init_default, write_manifest
+from drafts.exits import copy_exit
+from drafts.init import default_folder, init_default, write_manifest
 from drafts.manifest import load_ensemble, read_manifest
 from drafts.weights import check_shapes, read_member
 from tests.tiny import byte_level_tokenizer, edit_manifest, mixed_ensemble, save_lm, save_tokenizer

@@ -16,7 +16,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from drafts.init import copy_exit, write_manifest
+from drafts.exits import copy_exit
+from drafts.init import write_manifest
 from drafts.residual import ResidualConfig, ResidualHead
 
 TEMPLATE = (

@@ -1,0 +1,92 @@
+"""Distilled drafts in a form that travels, to be put beside a target that every machine has.
+
+    python -m drafts.shipped ~/.cache/demur/runs/residual/ensemble shipped/residual
+    python -m drafts.shipped ~/.cache/demur/runs/exit/ensemble shipped/exit --rank 16
+
+`residual` students travel whole, in bfloat16; `exit` drafts as low-rank differences from the layers
+that they started from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from drafts.exits import apply_delta, copy_exit, split_delta
+from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, load_ensemble
+
+_DELTA_NAME = "delta.safetensors"
+
+
+def add_shipped(shipped: Path, folder: Path) -> None:
+    """Put drafts that travel as `ship` wrote them beside `folder/target`."""
+    manifest = json.loads((shipped / MANIFEST_NAME).read_text())
+    for draft in manifest["drafts"]:
+        source = shipped / draft["source"]
+        own = folder / draft["source"]
+        if own.exists():  # several residual drafts share a checkpoint
+            continue
+        if not (source / _DELTA_NAME).exists():
+            shutil.copytree(source, own)
+            continue
+        own_layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+        copy_exit(folder / "target", own, own_layers, draft["layer"])
+        file = own / "model.safetensors"
+        weights = apply_delta(load_file(file), load_file(source / _DELTA_NAME))
+        save_file(weights, file, metadata={"format": "pt"})
+    shutil.copy(shipped / MANIFEST_NAME, folder)
+
+
+def ship(ensemble: Ensemble, out: Path, rank: int, name: str) -> None:
+    """Write the shipped form of an ensemble's drafts, in place of what is there."""
+    shutil.rmtree(out, ignore_errors=True)
+    entries = []
+    for member in ensemble.members:
+        folder = out / member.path.name
+        entry = member.draft.model_dump(exclude_none=True) | {"source": folder.name}
+        entries.append(entry)
+        if folder.exists():
+            continue
+        folder.mkdir(parents=True)
+        shutil.copy(member.path / "config.json", folder)
+        weights = load_file(member.path / "model.safetensors")
+        if isinstance(member.draft, ExitDraft):
+            with tempfile.TemporaryDirectory() as work:
+                start = Path(work) / "start"
+                layers = member.config.num_hidden_layers
+                copy_exit(ensemble.target_path, start, layers, member.draft.layer)
+                delta = split_delta(load_file(start / "model.safetensors"), weights, rank)
+            save_file(delta, folder / _DELTA_NAME)
+        else:
+            narrow = {key: tensor.bfloat16() for key, tensor in weights.items()}
+            save_file(narrow, folder / "model.safetensors")
+    manifest = {
+        "format": 1,
+        "name": name,
+        "weights_version": ensemble.manifest.weights_version,
+        "target": {"source": "target"},
+        "drafts": entries,
+    }
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ensemble", type=Path)
+    parser.add_argument("out", type=Path, help="folder of the shipped form")
+    parser.add_argument("--rank", type=int, default=16, help="of the differences")
+    parser.add_argument("--name", default="smollm2-135m-instruct")
+    arguments = parser.parse_args()
+    out = arguments.out
+    ship(load_ensemble(arguments.ensemble), out, arguments.rank, arguments.name)
+    size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    print(f"{out}: {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
