@@ -8,8 +8,8 @@ mean squared error, the same after the best single scale (fitted on the other ha
 bias, Pearson and Spearman correlation, with bootstrap intervals over texts. Trivial estimators
 stand in the table too: a constant, the target's entropy.
 
-Which ensembles are compared is said by benchmarks/eu_rmse.yaml; those that are not there are
-trained by `python benchmarks/train_drafts.py`.
+Which ensembles are compared is said by benchmarks/eu_rmse.yaml; `demur distill` trains them, from
+the configurations in benchmarks/drafts/.
 
 Writes benchmarks/results/eu_rmse.json and two plots into docs/.
 """

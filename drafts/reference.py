@@ -17,7 +17,7 @@ from torch import Tensor
 
 from drafts.divergence import measures
 from drafts.manifest import Ensemble, ExitDraft, Member, ModelDraft, ResidualDraft
-from drafts.residual import ResidualHead, confidence
+from drafts.residual import ResidualHead
 from drafts.scores import TokenScores
 from drafts.weights import read_member
 
@@ -67,7 +67,8 @@ class Reference:
                 drafts.append((own, head_Vd))
             else:
                 taps = [states[layer][0] for layer in member.config.taps]
-                (moved,) = module(h_Td, taps, confidence(F.linear(h_Td, head_Vd)), [draft.draw])
+                logits_TV, directions_Vr = F.linear(h_Td, head_Vd), head_Vd @ module.basis
+                (moved,) = module(h_Td, taps, logits_TV, directions_Vr, [draft.draw])
                 drafts.append((moved, head_Vd))
         return drafts, h_Td
 

@@ -1,11 +1,11 @@
 """`residual` drafts: a small head that moves the target's final hidden state.
 
-    q_k = softmax(W (h + B m_k)),    m_k = mu(x) + Phi(x) z_k + sigma(x) * eps_k
+    q_k = softmax(W (h + s B m_k)),    m_k = mu(x) + Phi(x) z_k + sigma(x) * eps_k
 
 W is the target's LM head, h its final hidden state, x = h, a few inner hidden states ("taps") and
 four numbers that say how sure p is (`confidence`, which no small network finds from h by itself), B
 a fixed basis of r directions, and z_k, eps_k ~ N(0, I) are drawn once per draft and kept with
-the weights. This is Gaussian distillation (deep latent factor model, arXiv 2510.19290, section 3)
+the weights; s(x), `local_scale`, makes a few draws as long as many are on average. This is Gaussian distillation (deep latent factor model, arXiv 2510.19290, section 3)
 carried from a process over V logits to one over d numbers, since logits are linear in h. One
 student gives any number of drafts; each costs no attention and no KV cache.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from drafts.errors import ManifestError
 
 CONFIG_NAME = "config.json"
 N_CONFIDENCE = 4
+_LOCAL_TOKENS = 64
+_LOCAL_ROWS = 128  # whose directions are gathered at once
+_TINY = 1e-12
 
 
 class ResidualConfig(BaseModel):
@@ -70,6 +73,52 @@ def confidence(logits_TV: Tensor) -> Tensor:
     return torch.cat([torch.stack([-mean, spread.clamp_min(0).sqrt()], -1), top], -1)
 
 
+class Moves(NamedTuple):
+    """The distribution of moves m of T tokens: means [T, r], factors [T, r, q], scales [T, r]."""
+
+    mu_Tr: Tensor
+    phi_Trq: Tensor
+    sigma_Tr: Tensor
+
+    def at(self, z_Kq: Tensor, eps_Kr: Tensor) -> Tensor:
+        """mu + Phi z + sigma * eps at K draws, [K, T, r]."""
+        return self.mu_Tr + torch.stack(
+            [self.phi_Trq @ z + self.sigma_Tr * eps for z, eps in zip(z_Kq, eps_Kr, strict=True)]
+        )
+
+
+def local_scale(
+    moves: Moves, drawn_KTr: Tensor, directions_Vr: Tensor, logits_TV: Tensor
+) -> Tensor:
+    """What the K draws of each token are to be multiplied with, [T], so that few serve as many do.
+
+    A small move m changes p by KL = 1/2 Var_p(A m), A = directions: only a few combinations of its
+    r coordinates count, other ones at each token, and in those a handful of draws is now long, now
+    short. The scale brings the draws' mean of that variance to its expectation over all draws. Both
+    are taken over p's likeliest tokens; a fourth of the expectation is added to both, so that no
+    token's draws are lengthened by more than 2.3.
+    """
+    scales = []
+    for start in range(0, len(logits_TV), _LOCAL_ROWS):
+        block = slice(start, start + _LOCAL_ROWS)
+        mu, phi, sigma = (part[block] for part in moves)
+        top, tokens = logits_TV[block].float().topk(min(_LOCAL_TOKENS, logits_TV.shape[-1]), -1)
+        p = torch.softmax(top, -1)
+        a_Tnr = directions_Vr[tokens].float()
+        a_Tnr = a_Tnr - (p.unsqueeze(-2) @ a_Tnr)
+        variances = (
+            (a_Tnr @ mu.unsqueeze(-1)).squeeze(-1).square()
+            + (a_Tnr @ phi).square().sum(-1)
+            + (a_Tnr.square() @ sigma.square().unsqueeze(-1)).squeeze(-1)
+        )
+        expected = (p * variances).sum(-1)
+        shifts_TKn = drawn_KTr[:, block].transpose(0, 1) @ a_Tnr.transpose(1, 2)
+        found = (p.unsqueeze(1) * shifts_TKn.square()).sum(-1).mean(-1)
+        room = 0.25 * expected + _TINY
+        scales.append(((expected + room) / (found + room)).sqrt())
+    return torch.cat(scales)
+
+
 class ResidualHead(nn.Module):
     """The move of h for one student and all of its draws."""
 
@@ -104,10 +153,8 @@ class ResidualHead(nn.Module):
         """Load a checkpoint in place, as vLLM's modules do; every tensor must be there."""
         self.load_state_dict(dict(weights), strict=True)
 
-    def latent(
-        self, h_Td: Tensor, taps: list[Tensor], confidence_T4: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """mu [T, r], Phi [T, r, q] and sigma [T, r] of the move.
+    def moves(self, h_Td: Tensor, taps: list[Tensor], confidence_T4: Tensor) -> Moves:
+        """The distribution of the moves of h.
 
         Args:
             h_Td: the target's final hidden states.
@@ -120,16 +167,29 @@ class ResidualHead(nn.Module):
         out = self.down(F.silu(self.up(x))).float()
         mu, rest = out.split([self.config.rank, out.shape[-1] - self.config.rank], dim=-1)
         raw_sigma, phi = rest.split([self.config.rank, rest.shape[-1] - self.config.rank], dim=-1)
-        return mu, phi.unflatten(-1, (self.config.rank, self.config.factors)), F.softplus(raw_sigma)
+        shape = (-1, self.config.rank, self.config.factors)
+        return Moves(mu, phi.reshape(shape), F.softplus(raw_sigma))
+
+    def drawn(self, moves: Moves, directions_Vr: Tensor, logits_TV: Tensor) -> Tensor:
+        """The moves [K, T, r] of all draws that are kept with the weights.
+
+        Args:
+            moves: their distribution.
+            directions_Vr: LM head times basis: what a move does to logits.
+            logits_TV: the target's.
+        """
+        drawn_KTr = moves.at(self.z.float(), self.eps.float())
+        return drawn_KTr * local_scale(moves, drawn_KTr, directions_Vr, logits_TV).unsqueeze(-1)
 
     def forward(
-        self, h_Td: Tensor, taps: list[Tensor], confidence_T4: Tensor, draws: list[int]
+        self,
+        h_Td: Tensor,
+        taps: list[Tensor],
+        logits_TV: Tensor,
+        directions_Vr: Tensor,
+        draws: list[int],
     ) -> list[Tensor]:
         """The moved hidden states [T, d], one for each draw asked for, in the dtype of h."""
-        mu, phi, sigma = self.latent(h_Td, taps, confidence_T4)
-        basis = self.basis.float()
-        moved = []
-        for draw in draws:
-            move = mu + phi @ self.z[draw].float() + sigma * self.eps[draw].float()
-            moved.append((h_Td.float() + move @ basis.T).to(h_Td.dtype))
-        return moved
+        moves = self.moves(h_Td, taps, confidence(logits_TV))
+        drawn_KTr = self.drawn(moves, directions_Vr, logits_TV)[draws]
+        return list((h_Td.float() + drawn_KTr @ self.basis.float().T).to(h_Td.dtype))

@@ -42,7 +42,7 @@ from drafts import channel
 from drafts.divergence import block_rows, measure_block
 from drafts.errors import DraftsError
 from drafts.manifest import Ensemble, ExitDraft, Member, ModelDraft, ResidualDraft, load_ensemble
-from drafts.residual import ResidualHead, confidence
+from drafts.residual import ResidualHead
 from drafts.weights import read_member
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class EnsembleForCausalLM(nn.Module):
         students = list(ensemble.students())
         self.students: Any = nn.ModuleList(ResidualHead(config) for config, _ in students)
         self.draws = [draws for _, draws in students]
+        self.directions: list[Tensor] = []
         # Columns of a row that `forward` returns.
         d = ensemble.target_config.hidden_size
         own = [member.config.hidden_size for member in ensemble.members if _is_run(member)]
@@ -184,6 +185,7 @@ class EnsembleForCausalLM(nn.Module):
         loaded = {f"target.{name}" for name in self.target.load_weights(weights)}
         for module, tensors in self._read(self.ensemble):
             module.load_weights(tensors.items())
+        self._direct()
         # `read_member` has seen to it that a draft's files hold all that its config asks for.
         drafts = ("members.", "students.")
         return loaded | {name for name, _ in self.named_parameters() if name.startswith(drafts)}
@@ -225,10 +227,12 @@ class EnsembleForCausalLM(nn.Module):
         for (name, module), state in zip(self.members.items(), own, strict=True):
             head = self.target if name in self.exits else module
             logits.append(head.compute_logits(state))
-        sure_B4 = confidence(target_BV) if len(self.students) else None
-        for student, draws in zip(self.students, self.draws, strict=True):
+        for student, draws, directions_Vr in zip(
+            self.students, self.draws, self.directions, strict=True
+        ):
             mine, taps = taps[: len(student.config.taps)], taps[len(student.config.taps) :]
-            logits += [self.target.compute_logits(h) for h in student(h_Bd, mine, sure_B4, draws)]
+            moved = student(h_Bd, mine, target_BV, directions_Vr, draws)
+            logits += [self.target.compute_logits(h) for h in moved]
         return logits
 
     # Weights.
@@ -250,6 +254,11 @@ class EnsembleForCausalLM(nn.Module):
                 pairs.append((next(students), read_member(member)))
         return pairs
 
+    def _direct(self) -> None:
+        """What moves of each student do to logits: the target's LM head times the basis, [V, r]."""
+        head_Vd = self.target.lm_head.weight[: self.vocab_size]
+        self.directions = [head_Vd @ student.basis.to(head_Vd) for student in self.students]
+
     def swap(self, ensemble: Ensemble, model_config: ModelConfig) -> None:
         """Put another version of the drafts' weights in place of the present one.
 
@@ -258,6 +267,7 @@ class EnsembleForCausalLM(nn.Module):
                 exception means that the weights are in an unknown state.
         """
         _replace(self._read(ensemble), model_config)
+        self._direct()
         self.ensemble = ensemble
 
 

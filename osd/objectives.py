@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drafts.divergence import measures
+from drafts.residual import Moves
 
 # Rows whose logits are held at once; 128 x 152k x float32 are 78 MB.
 _ROWS = 128
@@ -80,14 +81,6 @@ class _ForwardKL(torch.autograd.Function):
         (grad,) = grads
         grad_h, grad_head = ctx.saved_tensors
         return grad * grad_h, None if grad_head is None else grad * grad_head, None, None
-
-
-class Moves(NamedTuple):
-    """A latent factor model of moves m: means [T, r], factors [T, r, q], scales [T, r]."""
-
-    mu_Tr: Tensor
-    phi_Trq: Tensor
-    sigma_Tr: Tensor
 
 
 def latent_factor_nll(moves: Moves, m_MTr: Tensor, group_T: Tensor | None = None) -> Tensor:

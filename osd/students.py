@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from drafts.residual import ResidualConfig, ResidualHead
+from drafts.residual import Moves, ResidualConfig, ResidualHead
 from osd.config import ExitDrafts, ModelDrafts, ResidualDrafts
 from osd.objectives import (
     MoveBasis,
-    Moves,
     Student,
     eu_mismatch,
     forward_kl,
@@ -97,7 +96,7 @@ class ResidualStudent:
     def loss(self, lesson: Lesson) -> Tensor:
         batch, clean, teacher_MTd, chosen = lesson
         h = clean.h_Td
-        moves = Moves(*self.head.latent(h, self._taps(batch, clean), clean.confidence_T4))
+        moves = self.head.moves(h, self._taps(batch, clean), clean.confidence_T4)
         group = torch.zeros_like(batch.text_T) if self.config.shared_z else None
         m_MTr = (teacher_MTd - h) @ self.into_dr
         loss = latent_factor_nll(moves, m_MTr, group) / self.config.rank
@@ -110,20 +109,17 @@ class ResidualStudent:
 
     def _mismatch(self, moves: Moves, h_Td: Tensor, teacher_MTd: Tensor) -> Tensor:
         """How far the service's answer from this student's drafts is from EU*."""
-        moves_KTr = torch.stack(
-            [
-                moves.mu_Tr + moves.phi_Trq @ z + moves.sigma_Tr * eps
-                for z, eps in zip(self.head.z, self.head.eps, strict=True)
-            ]
-        )
         with bfloat16_products(self.dtype == torch.bfloat16):
             eu_T = sampled_eu(teacher_MTd, self.head_Vd)
             logp_TV = torch.log_softmax(F.linear(h_Td, self.head_Vd), -1)
-            return eu_mismatch(mean_kl(moves_KTr, self.directions_Vr, logp_TV), eu_T)
+        drawn_KTr = self.head.drawn(moves, self.directions_Vr, logp_TV)
+        with bfloat16_products(self.dtype == torch.bfloat16):
+            return eu_mismatch(mean_kl(drawn_KTr, self.directions_Vr, logp_TV), eu_T)
 
     def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
         taps, draws = self._taps(batch, clean), list(range(self.config.draws))
-        moved = self.head(clean.h_Td, taps, clean.confidence_T4, draws)
+        logits_TV = F.linear(clean.h_Td, self.head_Vd)
+        moved = self.head(clean.h_Td, taps, logits_TV, self.directions_Vr, draws)
         return [Student(state, self.head_Vd) for state in moved]
 
     def save(self, folder: Path) -> list[dict[str, object]]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafts.divergence import measures
+from drafts.residual import Moves
 from osd.objectives import (
-    Moves,
     Student,
     fisher_metric,
     forward_kl,

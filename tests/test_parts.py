@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from drafts import channel
 from drafts.aggregate import aggregate
 from drafts.errors import NonFiniteError
 from drafts.gate import Gate
-from drafts.residual import ResidualConfig, ResidualHead, confidence
+from drafts.residual import Moves, ResidualConfig, ResidualHead, confidence, local_scale
 from drafts.scores import TokenScores
 from drafts.spans import find_spans
 from server.settings import Settings, read_settings
@@ -25,26 +26,67 @@ from server.settings import Settings, read_settings
 # Residual head.
 
 
+def residual_head(**changes: Any) -> ResidualHead:
+    shape = {"hidden_size": 8, "taps": [2], "rank": 3, "factors": 2, "width": 5, "draws": 4}
+    config = ResidualConfig.model_validate(shape | changes)
+    return ResidualHead(config).initialise(torch.Generator().manual_seed(0), scale=0.5)
+
+
 def test_residual_is_its_formula() -> None:
-    config = ResidualConfig(hidden_size=8, taps=[2], rank=3, factors=2, width=5, draws=4)
-    head = ResidualHead(config).initialise(torch.Generator().manual_seed(0), scale=0.5)
-    h, tap, sure = torch.randn(6, 8), torch.randn(6, 8), torch.randn(6, 4)
-    mu, phi, sigma = head.latent(h, [tap], sure)
-    assert (sigma > 0).all()
-    for draw, moved in zip((1, 3), head(h, [tap], sure, [1, 3]), strict=True):
-        move = mu + torch.einsum("trq,q->tr", phi, head.z[draw]) + sigma * head.eps[draw]
-        torch.testing.assert_close(moved, h + torch.einsum("dr,tr->td", head.basis, move))
+    head = residual_head()
+    h, tap, unembed = torch.randn(6, 8), torch.randn(6, 8), torch.randn(30, 8)
+    logits, directions = h @ unembed.T, unembed @ head.basis
+    moves = head.moves(h, [tap], confidence(logits))
+    assert (moves.sigma_Tr > 0).all()
+    drawn = moves.at(head.z, head.eps)
+    scale = local_scale(moves, drawn, directions, logits).unsqueeze(-1)
+    for draw, moved in zip((1, 3), head(h, [tap], logits, directions, [1, 3]), strict=True):
+        move = moves.mu_Tr + torch.einsum("trq,q->tr", moves.phi_Trq, head.z[draw])
+        move = move + moves.sigma_Tr * head.eps[draw]
+        torch.testing.assert_close(drawn[draw], move)
+        expected = h + torch.einsum("dr,tr->td", head.basis, scale * move)
+        torch.testing.assert_close(moved, expected)
 
 
 def test_residual_draws_differ_and_stay_fixed() -> None:
-    config = ResidualConfig(hidden_size=8, rank=3, factors=2, width=5, draws=2)
-    head = ResidualHead(config).initialise(torch.Generator().manual_seed(0), scale=0.5)
-    h, sure = torch.randn(4, 8), torch.randn(4, 4)
-    one, other = head(h, [], sure, [0, 1])
+    head = residual_head(taps=[], draws=2)
+    h, unembed = torch.randn(4, 8), torch.randn(30, 8)
+    inputs = (h, [], h @ unembed.T, unembed @ head.basis)
+    one, other = head(*inputs, [0, 1])
     assert not torch.allclose(one, other)
-    again = ResidualHead(config)
+    again = residual_head(taps=[], draws=2)
     again.load_weights(head.state_dict().items())
-    torch.testing.assert_close(again(h, [], sure, [0])[0], one)
+    torch.testing.assert_close(again(*inputs, [0])[0], one)
+
+
+@given(draws=st.integers(1, 6), vocab=st.integers(2, 90), seed=st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_scaled_draws_change_p_nearly_as_much_as_many_draws_do(
+    draws: int, vocab: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    moves = Moves(0.1 * random(5, 3), random(5, 3, 2), random(5, 3).abs())
+    directions, logits = 0.01 * random(vocab, 3), 3 * random(5, vocab)
+
+    def effect(drawn: torch.Tensor) -> torch.Tensor:
+        """Mean over draws of Var_p of the change of logits, over the likeliest tokens."""
+        top, tokens = logits.topk(min(64, vocab), -1)
+        p, shift = torch.softmax(top, -1), torch.einsum("ktr,tnr->ktn", drawn, directions[tokens])
+        return ((p * shift.square()).sum(-1) - (p * shift).sum(-1).square()).mean(0)
+
+    few = moves.at(random(draws, 2), random(draws, 3))
+    many = effect(moves.at(random(4000, 2), random(4000, 3)))
+    scale = local_scale(moves, few, directions, logits)
+    assert (scale < 2.3).all()
+    scaled = effect(few * scale.unsqueeze(-1))
+    # Never farther from what many draws give (whose own noise is a few hundredths of it).
+    assert ((scaled - many).abs() <= (effect(few) - many).abs() + 0.1 * many).all()
+    again = local_scale(moves, moves.at(random(4000, 2), random(4000, 3)), directions, logits)
+    assert (again - 1).abs().max() < 0.1
 
 
 def test_confidence_is_that_of_the_distribution() -> None:
