@@ -4,10 +4,12 @@
 
 W is the target's LM head, h its final hidden state, x = h, a few inner hidden states ("taps") and
 four numbers that say how sure p is (`confidence`, which no small network finds from h by itself), B
-a fixed basis of r directions, and z_k, eps_k ~ N(0, I) are drawn once per draft and kept with
-the weights; s(x), `local_scale`, makes a few draws as long as many are on average. This is Gaussian distillation (deep latent factor model, arXiv 2510.19290, section 3)
-carried from a process over V logits to one over d numbers, since logits are linear in h. One
-student gives any number of drafts; each costs no attention and no KV cache.
+a fixed basis of r directions, and z_k, eps_k ~ N(0, I) are drawn once per draft and kept with the
+weights; s(x), `local_scale`, makes a few draws as long as many are on average.
+
+This is Gaussian distillation (deep latent factor model, arXiv 2510.19290, section 3) carried from a
+process over V logits to one over d numbers, since logits are linear in h. One student gives any
+number of drafts; each costs no attention and no KV cache.
 
 The same module runs in the vLLM model and in the reference.
 """
