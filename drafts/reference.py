@@ -75,9 +75,16 @@ class Reference:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Next-token logits after each of T tokens: the drafts' [K, T, V], the target's [T, V]."""
-        drafts, h_Td = self.states(token_ids)
-        head_Vd = self.target.get_output_embeddings().weight
-        return torch.stack([F.linear(*draft) for draft in drafts]), F.linear(h_Td, head_Vd)
+        ids = torch.tensor([list(token_ids)], device=self.target.device)
+        drafts, _ = self.states(token_ids)
+        logits = []
+        for member, module, (state_Td, head_Vd) in zip(
+            self.ensemble.members, self.modules, drafts, strict=True
+        ):
+            # A model's own forward pass: some scale, cap or shift what their LM head gives.
+            is_model = isinstance(member.draft, ModelDraft)
+            logits.append(module(ids).logits[0] if is_model else F.linear(state_Td, head_Vd))
+        return torch.stack(logits), self.target(ids).logits[0]
 
     def score(self, token_ids: Sequence[int], response_start: int) -> TokenScores:
         """Measures of the tokens from `response_start` on; see `Engine.score`."""

@@ -48,7 +48,9 @@ class Trainee(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    def loss(self, lesson: Lesson) -> Tensor: ...
+    def loss(self, lesson: Lesson) -> Tensor:
+        """What a step minimises, in nats a token."""
+        ...
 
     def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
         """Final states and LM head of each draft that the student gives."""

@@ -1,4 +1,4 @@
-"""Drafts that travel with the package, and what `demur init` makes of them."""
+"""Distilled drafts in the form that travels, and put beside a target again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ def test_shipped_drafts_answer_as_those_they_were_made_of(tmp_path: Path) -> Non
     folder = mixed_ensemble(tmp_path / "ensemble")
     target = load_ensemble(folder).target_path
     (folder / "target").symlink_to(target)
-    # An exit is a copy of the target's last layers that training moved a little.
     ensemble = load_ensemble(folder)
     drafts = [entry.model_dump(exclude_none=True) for entry in ensemble.manifest.drafts]
     kept = [entry for entry in drafts if entry["kind"] != "model"]
