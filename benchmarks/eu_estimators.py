@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from eu_compare import Estimate, Floats
+from eu_cost import ensemble_cost, head_cost, unit
 from eu_probe import inputs, load_probe
 from torch import Tensor
 from tqdm import tqdm
 
 from drafts.divergence import measures
-from drafts.manifest import Ensemble, ExitDraft, ResidualDraft
+from drafts.manifest import Ensemble, ResidualDraft
 from drafts.reference import Reference
 from osd.corpus import Text
 from osd.posterior import tokur_states
+from osd.precision import bfloat16_products
 from osd.schedule import derived_seed
 from osd.states import FreshStates
 from osd.teacher import Teacher, collate
 
 MAX_TOKENS = 512
 _ROWS = 16
+_TIMED = 10  # every tenth text is
+
+Value = TypeVar("Value")
 
 
-def entropy(teacher: Teacher, texts: list[Text]) -> tuple[list[Floats], float]:
-    """The target's entropy H(p), and the seconds of its plain forward passes with LM head."""
-    values, seconds = [], 0.0
-    with torch.inference_mode():
-        for text in tqdm(texts, desc="target", unit="text"):
-            started = time.perf_counter()
-            logp_TV = torch.log_softmax(teacher.logits(states_of(teacher, text)), -1)
-            seconds += time.perf_counter() - started
-            values.append(-(logp_TV.exp() * logp_TV).sum(-1).double().numpy())
-    return values, seconds
+def constant(truth: list[Floats]) -> Estimate:
+    """The mean of EU* over the calibration texts, for every token."""
+    mean = float(np.concatenate(truth[1::2]).mean())
+    return Estimate("constant", [np.full(len(eu), mean) for eu in truth])
+
+
+def entropy(teacher: Teacher, texts: list[Text]) -> list[Estimate]:
+    """The target's entropy H(p)."""
+    values = [entropy_of(teacher, text) for text in tqdm(texts, desc="target", unit="text")]
+    return [Estimate("target entropy", values)]
 
 
 def posterior_samples(
@@ -68,104 +74,114 @@ def tokur(teacher: Teacher, texts: list[Text], counts: Sequence[int], seed: int)
 
 
 def _sampled(
-    name: str, teacher: Teacher, texts: list[Text], counts: Sequence[int], states: Any
+    name: str,
+    teacher: Teacher,
+    texts: list[Text],
+    counts: Sequence[int],
+    states: Callable[[Text], Tensor],
 ) -> list[Estimate]:
     """Mutual information of the first M samples, for each M."""
-    values: dict[int, list[Floats]] = {count: [] for count in counts}
-    started = time.perf_counter()
-    with torch.inference_mode():
-        for text in tqdm(texts, desc=f"{name}, M = {max(counts)}", unit="text"):
-            drawn = states(text)
-            parts: dict[int, list[Tensor]] = {count: [] for count in counts}
-            for start in range(0, drawn.shape[1], _ROWS):
-                block = drawn[:, start : start + _ROWS]
-                logits = teacher.logits(block.flatten(0, 1)).unflatten(0, block.shape[:2])
-                for count in counts:
-                    parts[count].append(measures(logits[:count], logits[0]).jsd)
-            for count in counts:
-                values[count].append(torch.cat(parts[count]).double().numpy())
-    seconds = (time.perf_counter() - started) / max(counts)
-    head = head_share(teacher)
+
+    def values_of(text: Text) -> list[Floats]:
+        parts: list[list[Tensor]] = [[] for _ in counts]
+        for block in torch.split(states(text), _ROWS, dim=1):
+            logits = teacher.logits(block.flatten(0, 1)).unflatten(0, block.shape[:2])
+            for count, part in zip(counts, parts, strict=True):
+                part.append(measures(logits[:count], logits[0]).jsd)
+        return [torch.cat(part).double().numpy() for part in parts]
+
+    found, ratio = _timed(f"{name}, M = {max(counts)}", teacher, texts, values_of)
+    head = head_cost(teacher.model.config) / unit(teacher.model.config)
     # One of the M passes stands for the target's own.
     return [
         Estimate(
             f"{name}, M = {count}",
-            values[count],
+            [values[place] for values in found],
             flops=(count - 1) * (1 - head),
             head_flops=(count - 1) * head,
-            time=(count - 1) * seconds,
+            time=(count - 1) * ratio / max(counts),
         )
-        for count in counts
+        for place, count in enumerate(counts)
     ]
 
 
 def of_ensemble(
-    name: str, teacher: Teacher, ensemble: Ensemble, texts: list[Text], counts: Sequence[int] = ()
+    name: str, teacher: Teacher, ensemble: Ensemble, texts: list[Text]
 ) -> list[Estimate]:
-    """jsd + kl of an ensemble, and each alone; of its first K drafts too, for K in `counts`.
-
-    Drafts are taken in turn from each student: K = 4 of four students is one of each.
-    """
+    """jsd + kl of an ensemble, and each alone."""
     reference = Reference(ensemble, teacher.model.dtype, target=teacher.model)
-    order = sorted(
-        range(len(ensemble.members)),
-        key=lambda i: (getattr(ensemble.members[i].draft, "draw", 0), i),
-    )
-    counts = counts or (len(order),)
-    values: dict[tuple[int, str], list[Floats]] = {}
-    started = time.perf_counter()
-    with torch.inference_mode():
-        for text in tqdm(texts, desc=name, unit="text"):
-            drafts, h_Td = reference.states(text.token_ids[:MAX_TOKENS])
-            rows = rows_of(text)
-            drawn = [(drafts[i][0][rows].float(), drafts[i][1].float()) for i in order]
-            parts: dict[tuple[int, str], list[Tensor]] = {}
-            h_Td = h_Td[rows].float()
-            for start in range(0, len(h_Td), _ROWS):
-                block = slice(start, start + _ROWS)
-                logits = torch.stack([F.linear(h[block], head) for h, head in drawn])
-                logp_TV = teacher.logits(h_Td[block])
-                for count in counts:
-                    found = measures(logits[:count], logp_TV)
-                    for part in ("epistemic", "jsd", "kl"):
-                        parts.setdefault((count, part), []).append(getattr(found, part))
-            for key, tensors in parts.items():
-                values.setdefault(key, []).append(torch.cat(tensors).double().numpy())
-    seconds = time.perf_counter() - started
-    estimates = []
-    for count in counts:
-        flops, head_flops = ensemble_cost(ensemble, order[:count])
-        for part, label in (("epistemic", "jsd + kl"), ("jsd", "jsd only"), ("kl", "kl only")):
-            if count == 1 and part == "jsd":
-                continue
-            estimates.append(
-                Estimate(
-                    f"{name}, K = {count}: {label}",
-                    values[count, part],
-                    flops,
-                    head_flops,
-                    seconds * count / len(order),
-                )
-            )
-    return estimates
+    kinds = ("epistemic", "jsd", "kl")
+
+    def values_of(text: Text) -> list[Floats]:
+        drafts, h_Td = reference.states(text.token_ids[:MAX_TOKENS])
+        rows = rows_of(text)
+        states_KTd = torch.stack([state[rows].float() for state, _ in drafts])
+        heads = [head for _, head in drafts]
+        h_Td = h_Td[rows].float()
+        parts: list[list[Tensor]] = [[] for _ in kinds]
+        for start in range(0, len(h_Td), _ROWS):
+            block = slice(start, start + _ROWS)
+            logits = _logits(teacher, states_KTd[:, block], heads)
+            found = measures(logits, teacher.logits(h_Td[block]))
+            for kind, part in zip(kinds, parts, strict=True):
+                part.append(getattr(found, kind))
+        return [torch.cat(part).double().numpy() for part in parts]
+
+    name = f"{name}, K = {len(ensemble.members)}"
+    found, ratio = _timed(name, teacher, texts, values_of)
+    flops, head_flops = ensemble_cost(ensemble)
+    labels = ("jsd + kl", "jsd only", "kl only")
+    return [
+        Estimate(f"{name}: {label}", [values[i] for values in found], flops, head_flops, ratio - 1)
+        for i, label in enumerate(labels)
+        if len(ensemble.members) > 1 or label == "jsd + kl"
+    ]
 
 
-def probe(teacher: Teacher, texts: list[Text], file: Path) -> Estimate:
+def first_drafts(ensemble: Ensemble, count: int) -> Ensemble:
+    """The first drafts, taken in turn from each student: 4 of four students are one of each."""
+    turn = [
+        (member.draft.draw if isinstance(member.draft, ResidualDraft) else 0, place)
+        for place, member in enumerate(ensemble.members)
+    ]
+    chosen = [place for _, place in sorted(turn)[:count]]
+    return replace(ensemble, members=tuple(ensemble.members[place] for place in chosen))
+
+
+def probe(teacher: Teacher, texts: list[Text], file: Path) -> list[Estimate]:
     """A network regressed onto EU* (benchmarks/eu_probe.py)."""
     network = load_probe(file)
     states = FreshStates(teacher, network.layers)
-    values = []
-    started = time.perf_counter()
-    with torch.inference_mode():
-        for text in tqdm(texts, desc="probe", unit="text"):
-            batch = collate([text], MAX_TOKENS)
-            clean = states.clean([text], batch)
-            values.append(network(inputs(clean, batch)).double().numpy())
-    seconds = time.perf_counter() - started
+
+    def values_of(text: Text) -> Floats:
+        batch = collate([text], MAX_TOKENS)
+        values: Tensor = network(inputs(states.clean([text], batch), batch))
+        return values.double().numpy()
+
+    found, ratio = _timed("probe", teacher, texts, values_of)
     weights = network.up.weight.numel() + network.down.weight.numel()
-    config = teacher.model.config
-    flops = weights / (layers_cost(config) + head_cost(config))
-    return Estimate("probe on EU*", values, flops, 0.0, seconds)
+    flops = weights / unit(teacher.model.config)
+    return [Estimate("probe on EU*", found, flops, 0.0, ratio - 1)]
+
+
+def _timed(
+    name: str, teacher: Teacher, texts: list[Text], values_of: Callable[[Text], Value]
+) -> tuple[list[Value], float]:
+    """What is made of each text, and how long that takes in units of the target's own pass with LM
+    head: the median over every tenth text, each measured right after the target."""
+    found, ratios = [], []
+    with torch.inference_mode():
+        for number, text in enumerate(tqdm(texts, desc=name, unit="text")):
+            plain = 0.0
+            if number % _TIMED == 0:
+                started = time.perf_counter()
+                entropy_of(teacher, text)
+                plain = time.perf_counter() - started
+            started = time.perf_counter()
+            found.append(values_of(text))
+            if plain:
+                ratios.append((time.perf_counter() - started) / plain)
+    return found, float(np.median(ratios))
 
 
 def rows_of(text: Text) -> slice:
@@ -180,50 +196,17 @@ def states_of(teacher: Teacher, text: Text) -> Tensor:
     return states.float()
 
 
-# Operations, in units of the target's for one token; attention and norms left out.
+@torch.inference_mode()
+def entropy_of(teacher: Teacher, text: Text) -> Floats:
+    """H(p) of the rows [T], by the target's own pass."""
+    logp_TV = torch.log_softmax(teacher.logits(states_of(teacher, text)), -1)
+    return -(logp_TV.exp() * logp_TV).sum(-1).double().numpy()
 
 
-def layers_cost(config: Any) -> float:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
-    attention = config.hidden_size * head_dim * heads
-    return float(
-        config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
-    )
-
-
-def head_cost(config: Any) -> float:
-    return float(config.hidden_size * config.vocab_size)
-
-
-def head_share(teacher: Teacher) -> float:
-    """The LM head's share of the target's operations."""
-    config = teacher.model.config
-    return head_cost(config) / (layers_cost(config) + head_cost(config))
-
-
-def ensemble_cost(ensemble: Ensemble, chosen: Sequence[int]) -> tuple[float, float]:
-    """Of some drafts of an ensemble without LM heads, and of their LM heads."""
-    target = ensemble.target_config
-    unit = layers_cost(target) + head_cost(target)
-    own, heads = 0.0, 0.0
-    students: dict[Any, Any] = {}
-    for member in (ensemble.members[i] for i in chosen):
-        if isinstance(member.draft, ResidualDraft):
-            students[member.path] = member.config
-            own += member.config.hidden_size * member.config.rank
-            own += member.config.rank * member.config.factors
-            heads += head_cost(target)
-        else:
-            own += layers_cost(member.config)
-            heads += head_cost(target if isinstance(member.draft, ExitDraft) else member.config)
-    for student in students.values():
-        inputs = student.hidden_size * (1 + len(student.taps))
-        own += inputs * student.width + student.width * student.rank * (student.factors + 2)
-    return own / unit, heads / unit
-
-
-def constant(truth: list[Floats]) -> Estimate:
-    """The mean of EU* over the calibration texts, for every token."""
-    mean = float(np.concatenate(truth[1::2]).mean())
-    return Estimate("constant", [np.full(len(eu), mean) for eu in truth])
+def _logits(teacher: Teacher, states_KTd: Tensor, heads: list[Tensor]) -> Tensor:
+    """Logits [K, T, V], float32; in one product where all drafts share the target's LM head."""
+    if all(head is teacher.model.get_output_embeddings().weight for head in heads):
+        return teacher.logits(states_KTd.flatten(0, 1)).unflatten(0, states_KTd.shape[:2])
+    with bfloat16_products(teacher.model.dtype == torch.bfloat16):
+        pairs = zip(states_KTd, heads, strict=True)
+        return torch.stack([F.linear(state, head.float()) for state, head in pairs])

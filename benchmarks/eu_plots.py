@@ -9,6 +9,8 @@ import matplotlib as mpl
 import numpy as np
 from eu_compare import Estimate, Floats
 
+from osd.evaluate import Agreement
+
 mpl.use("Agg")
 from matplotlib import pyplot
 
@@ -57,5 +59,19 @@ def plot_cost(rows: list[dict[str, Any]], file: Path) -> None:
         xlabel="operations beyond the target's pass, in units of it (LM heads included)",
         ylabel="RMSE against EU*, nats",
     )
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_training(runs: dict[str, list[tuple[int, Agreement]]], file: Path) -> None:
+    """Held-out KL to the posterior mean, and the drafts' JSD, as training goes on."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    shown = ("kl_drafts", "KL(p_T ‖ q_k), nats"), ("jsd", "JSD of the drafts, nats")
+    for axis, (field, label) in zip(axes, shown, strict=True):
+        for name, measured in runs.items():
+            values = [getattr(agreement, field) for _, agreement in measured]
+            axis.plot([step for step, _ in measured], values, "o-", markersize=3, label=name)
+        axis.set(xlabel="step", ylabel=label, ylim=(0, None))
+    axes[0].legend()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

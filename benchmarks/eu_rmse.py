@@ -9,20 +9,23 @@ bias, Pearson and Spearman correlation, with bootstrap intervals over texts. Tri
 stand in the table too: a constant, the target's entropy.
 
 Which ensembles are compared is said by benchmarks/eu_rmse.yaml; `demur distill` trains them, from
-the configurations in benchmarks/drafts/.
+the configurations in benchmarks/drafts/. EU* and every estimator's values are kept beside the
+default ensemble, so that a run that was cut short goes on.
 
-Writes benchmarks/results/eu_rmse.json and two plots into docs/.
+Writes benchmarks/results/eu_rmse.json, and its tables and plots into docs/.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import platform
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,12 +35,15 @@ import numpy as np
 import torch
 import yaml
 from eu_compare import Estimate, Floats, best_scale, rmse_ratio, row
-from eu_plots import plot_cost, plot_scatter
+from eu_kept import kept
+from eu_plots import plot_cost, plot_scatter, plot_training
+from eu_table import write_tables
 from transformers import AutoModelForCausalLM
 
 from drafts.init import default_folder
 from drafts.manifest import load_ensemble
 from osd.corpus import Corpus, Text
+from osd.log import read_measured
 from osd.posterior import PosteriorConfig, WeightPosterior
 from osd.schedule import derived_seed
 from osd.teacher import Teacher
@@ -79,16 +85,20 @@ def main() -> None:
             cache=root / "true_eu" / label,
         )
         truth = [eu.whole for eu in reference]
-        estimates = estimated(teacher, texts, truth, plan, arguments.seed)
+        values = root / "eu_estimates" / label
+        estimates = estimated(teacher, texts, plan, arguments.seed, values)
+        estimates = [eu_estimators.constant(truth), *estimates]
         rows = [row(estimate, truth) for estimate in estimates]
         about = described(reference, corpus, arguments.draws)
         tables[name] = {"texts": len(texts), "reference": about, "rows": rows}
-        for values in rows:
-            print(line(values))
+        for found in rows:
+            print(line(found), flush=True)
         if name == "gsm8k-test":
             goals = checked(plan["goals"], estimates, rows, truth)
             plot_scatter(plan["scatter"], estimates, truth, ROOT / "docs/eu_scatter.png")
             plot_cost(rows, ROOT / "docs/eu_cost.png")
+    runs = {name: read_measured(Path(run).expanduser()) for name, run in plan["training"].items()}
+    plot_training(runs, ROOT / "docs/eu_training.png")
     result = {
         "benchmark": "eu_rmse",
         "command": "python benchmarks/eu_rmse.py",
@@ -98,26 +108,36 @@ def main() -> None:
         "posterior": teacher.posterior.config.model_dump(),
         "goals": goals,
         "tables": tables,
+        "training": {
+            name: {"before": measured[0][1]._asdict(), "after": measured[-1][1]._asdict()}
+            for name, measured in runs.items()
+        },
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_tables(result, ROOT / "docs/eu_rmse.md")
 
 
 def estimated(
-    teacher: Teacher, texts: list[Text], truth: list[Floats], plan: dict[str, Any], seed: int
+    teacher: Teacher, texts: list[Text], plan: dict[str, Any], seed: int, folder: Path
 ) -> list[Estimate]:
-    """All estimators on one set of texts; times in units of the target's own passes."""
-    entropies, seconds = eu_estimators.entropy(teacher, texts)
-    found = eu_estimators.tokur(teacher, texts, SAMPLES, seed)
-    found += eu_estimators.posterior_samples(teacher, texts, SAMPLES, seed)
+    """All estimators on one set of texts."""
+    found = kept(folder / "entropy", lambda: eu_estimators.entropy(teacher, texts))
+    rivals = (("tokur", eu_estimators.tokur), ("posterior", eu_estimators.posterior_samples))
+    for name, rival in rivals:
+        found += kept(folder / name, partial(rival, teacher, texts, SAMPLES, seed))
     for entry in plan["ensembles"]:
-        ensemble = load_ensemble(entry["folder"])
-        counts = entry.get("counts", ())
-        found += eu_estimators.of_ensemble(entry["name"], teacher, ensemble, texts, counts)
-    found.append(eu_estimators.probe(teacher, texts, Path(plan["probe"]).expanduser()))
-    for estimate in found:
-        estimate.time /= seconds
-    return [eu_estimators.constant(truth), Estimate("target entropy", entropies), *found]
+        whole = load_ensemble(entry["folder"])
+        for count in entry.get("counts", [len(whole.members)]):
+            ensemble = eu_estimators.first_drafts(whole, count)
+            file = folder / f"{whole.manifest.weights_version}-{count}"
+            name = entry["name"]
+            found += kept(file, partial(eu_estimators.of_ensemble, name, teacher, ensemble, texts))
+    file = Path(plan["probe"]).expanduser()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    return found + kept(
+        folder / f"probe-{digest}", lambda: eu_estimators.probe(teacher, texts, file)
+    )
 
 
 def described(reference: list[TrueEU], corpus: Corpus, draws: int) -> dict[str, Any]:

@@ -378,7 +378,7 @@ def _check_same_shape(old: Ensemble, new: Ensemble) -> None:
                 f"a swap changes weights only, and the config.json of draft "
                 f"'{after.draft.name}' differs from the one that serves"
             )
-    if list(old.students()) != list(new.students()):
+    if list(old.students().values()) != list(new.students().values()):
         raise ManifestError("a swap cannot change which residual drafts share a checkpoint")
 
 

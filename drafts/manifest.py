@@ -18,7 +18,6 @@ A `source` is a folder, relative to the manifest or absolute, or else a Hugging 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -131,13 +130,13 @@ class Ensemble:
                 layers.update(member.config.taps)
         return tuple(sorted(layers))
 
-    def students(self) -> Iterator[tuple[ResidualConfig, list[int]]]:
+    def students(self) -> dict[Path, tuple[ResidualConfig, list[int]]]:
         """Each residual checkpoint once, with the draws that drafts take from it."""
         seen: dict[Path, tuple[ResidualConfig, list[int]]] = {}
         for member in self.members:
             if isinstance(member.draft, ResidualDraft):
                 seen.setdefault(member.path, (member.config, []))[1].append(member.draft.draw)
-        yield from seen.values()
+        return seen
 
 
 def read_manifest(folder: Path) -> Manifest:

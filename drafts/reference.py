@@ -9,6 +9,7 @@ Slow and simple on purpose. Every engine number is tested against it, and traini
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,13 @@ class Reference:
             ensemble.target_path, dtype=dtype, local_files_only=True
         )
         self.target.to(device).eval()
-        self.modules = [_build(member).to(device, dtype).eval() for member in ensemble.members]
+        # Drafts of one residual student share its checkpoint.
+        checkpoints = {member.path: member for member in ensemble.members}
+        built = {
+            path: _build(member).to(device, dtype).eval() for path, member in checkpoints.items()
+        }
+        self.modules = [built[member.path] for member in ensemble.members]
+        self.draws = {path: draws for path, (_, draws) in ensemble.students().items()}
 
     @torch.inference_mode()
     def states(self, token_ids: Sequence[int]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -56,7 +63,8 @@ class Reference:
         # transformers: entry i is the state after i layers, except that the last one is normed.
         states, h_Td = out.hidden_states, out.last_hidden_state[0]
         head_Vd = self.target.get_output_embeddings().weight
-        drafts = []
+        drafts: list[tuple[Tensor, Tensor]] = []
+        moved: dict[Path, dict[int, Tensor]] = {}  # by residual student and draw
         for member, module in zip(self.ensemble.members, self.modules, strict=True):
             draft = member.draft
             if isinstance(draft, ModelDraft):
@@ -66,10 +74,13 @@ class Reference:
                 own = module.base_model(inputs_embeds=states[draft.layer]).last_hidden_state[0]
                 drafts.append((own, head_Vd))
             else:
-                taps = [states[layer][0] for layer in member.config.taps]
-                logits_TV, directions_Vr = F.linear(h_Td, head_Vd), head_Vd @ module.basis
-                (moved,) = module(h_Td, taps, logits_TV, directions_Vr, [draft.draw])
-                drafts.append((moved, head_Vd))
+                if member.path not in moved:
+                    taps = [states[layer][0] for layer in member.config.taps]
+                    logits_TV, directions_Vr = F.linear(h_Td, head_Vd), head_Vd @ module.basis
+                    draws = self.draws[member.path]
+                    found = module(h_Td, taps, logits_TV, directions_Vr, draws)
+                    moved[member.path] = dict(zip(draws, found, strict=True))
+                drafts.append((moved[member.path][draft.draw], head_Vd))
         return drafts, h_Td
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ from drafts.errors import ManifestError
 
 CONFIG_NAME = "config.json"
 N_CONFIDENCE = 4
-_LOCAL_TOKENS = 64
+LOCAL_TOKENS = 64
 _LOCAL_ROWS = 128  # whose directions are gathered at once
 _TINY = 1e-12
 
@@ -104,7 +104,7 @@ def local_scale(
     for start in range(0, len(logits_TV), _LOCAL_ROWS):
         block = slice(start, start + _LOCAL_ROWS)
         mu, phi, sigma = (part[block] for part in moves)
-        top, tokens = logits_TV[block].float().topk(min(_LOCAL_TOKENS, logits_TV.shape[-1]), -1)
+        top, tokens = logits_TV[block].float().topk(min(LOCAL_TOKENS, logits_TV.shape[-1]), -1)
         p = torch.softmax(top, -1)
         a_Tnr = directions_Vr[tokens].float()
         a_Tnr = a_Tnr - (p.unsqueeze(-2) @ a_Tnr)
@@ -172,15 +172,18 @@ class ResidualHead(nn.Module):
         shape = (-1, self.config.rank, self.config.factors)
         return Moves(mu, phi.reshape(shape), F.softplus(raw_sigma))
 
-    def drawn(self, moves: Moves, directions_Vr: Tensor, logits_TV: Tensor) -> Tensor:
-        """The moves [K, T, r] of all draws that are kept with the weights.
+    def drawn(
+        self, moves: Moves, directions_Vr: Tensor, logits_TV: Tensor, draws: list[int]
+    ) -> Tensor:
+        """The moves [K, T, r] of K of the draws that are kept with the weights.
 
         Args:
             moves: their distribution.
             directions_Vr: LM head times basis: what a move does to logits.
             logits_TV: the target's.
+            draws: which; they are scaled for being so many.
         """
-        drawn_KTr = moves.at(self.z.float(), self.eps.float())
+        drawn_KTr = moves.at(self.z[draws].float(), self.eps[draws].float())
         return drawn_KTr * local_scale(moves, drawn_KTr, directions_Vr, logits_TV).unsqueeze(-1)
 
     def forward(
@@ -191,7 +194,7 @@ class ResidualHead(nn.Module):
         directions_Vr: Tensor,
         draws: list[int],
     ) -> list[Tensor]:
-        """The moved hidden states [T, d], one for each draw asked for, in the dtype of h."""
+        """The moved hidden states [T, d], one for each of `draws`, in the dtype of h."""
         moves = self.moves(h_Td, taps, confidence(logits_TV))
-        drawn_KTr = self.drawn(moves, directions_Vr, logits_TV)[draws]
+        drawn_KTr = self.drawn(moves, directions_Vr, logits_TV, draws)
         return list((h_Td.float() + drawn_KTr @ self.basis.float().T).to(h_Td.dtype))

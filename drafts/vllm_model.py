@@ -127,7 +127,7 @@ class EnsembleForCausalLM(nn.Module):
                 self.members[member.draft.name] = _build(vllm_config, prefix, member)
             if isinstance(member.draft, ExitDraft):
                 self.exits.add(member.draft.name)
-        students = list(ensemble.students())
+        students = list(ensemble.students().values())
         self.students: Any = nn.ModuleList(ResidualHead(config) for config, _ in students)
         self.draws = [draws for _, draws in students]
         self.directions: list[Tensor] = []

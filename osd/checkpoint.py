@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from osd.errors import CheckpointError
 
+Tensors = dict[str, Tensor]
+
 _KEPT = 2
 
 
@@ -36,8 +38,9 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for number, (module, optimiser) in enumerate(zip(modules, optimisers, strict=True)):
-        save_file(_trained(module), partial / f"student-{number}.safetensors")
-        save_file(_moments(module, optimiser), partial / f"optimiser-{number}.safetensors")
+        weights, moments = pack(module, optimiser)
+        save_file(weights, partial / f"student-{number}.safetensors")
+        save_file(moments, partial / f"optimiser-{number}.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -76,12 +79,33 @@ def load_last(
             "restore the configuration, or choose another run folder"
         )
     for number, (module, optimiser) in enumerate(zip(modules, optimisers, strict=True)):
-        _restore(module, _read(folder / f"student-{number}.safetensors"))
-        _restore_moments(module, optimiser, _read(folder / f"optimiser-{number}.safetensors"))
+        unpack(
+            module,
+            optimiser,
+            _read(folder / f"student-{number}.safetensors"),
+            _read(folder / f"optimiser-{number}.safetensors"),
+        )
     return step
 
 
-def _trained(module: nn.Module) -> dict[str, Tensor]:
+def pack(module: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
+    """Trained weights, and the optimiser's moments."""
+    return _trained(module), _moments(module, optimiser)
+
+
+def unpack(
+    module: nn.Module, optimiser: torch.optim.Optimizer, weights: Tensors, moments: Tensors
+) -> None:
+    """Put what `pack` gave back into place.
+
+    Raises:
+        CheckpointError: if it is of another student.
+    """
+    _restore(module, weights)
+    _restore_moments(module, optimiser, moments)
+
+
+def _trained(module: nn.Module) -> Tensors:
     """Trained parameters and persistent buffers."""
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     # Parameters that are tied have one name here, and the others in `state_dict` are left out.
@@ -93,7 +117,7 @@ def _trained(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _moments(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(module: nn.Module, optimiser: torch.optim.Optimizer) -> Tensors:
     moments = {}
     for name, parameter in module.named_parameters():
         for key, value in optimiser.state.get(parameter, {}).items():
@@ -101,9 +125,9 @@ def _moments(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, T
     return moments
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read(file: Path) -> Tensors:
     try:
-        tensors: dict[str, Tensor] = load_file(file)
+        tensors: Tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}); remove its folder to go on from the one before"
@@ -114,16 +138,14 @@ def _read(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _restore(module: nn.Module, tensors: Tensors) -> None:
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     wanted = set(_trained(module))
     if unexpected or wanted & set(missing):
         raise CheckpointError("a checkpoint holds other tensors than this student has")
 
 
-def _restore_moments(
-    module: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
+def _restore_moments(module: nn.Module, optimiser: torch.optim.Optimizer, tensors: Tensors) -> None:
     for name, parameter in module.named_parameters():
         own = {
             key.rpartition("/")[2]: tensor

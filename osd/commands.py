@@ -65,6 +65,8 @@ def distill(
     config: Annotated[Path, typer.Argument(help="YAML file; docs/distillation.md has its fields")],
 ) -> None:
     """Distil drafts as a configuration says; run again to go on after a stop."""
+    from accelerate import PartialState
+
     from osd.config import read_config
     from osd.trainer import train
 
@@ -73,6 +75,8 @@ def distill(
         result = train(read_config(config))
     except (DraftsError, OsdError) as error:
         _fail(error)
+    if not PartialState().is_main_process:
+        return
     typer.echo(f"before: {result.before}\nafter:  {result.after}")
     typer.echo(f"serve it: demur serve --ensemble {result.ensemble}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 from osd.evaluate import Agreement
@@ -16,14 +17,18 @@ class RunLog:
 
     Args:
         keep_until: rows of later steps, which a killed run left behind its checkpoint, are dropped.
+        write: whether this process writes it.
     """
 
-    def __init__(self, run: Path, keep_until: int) -> None:
+    def __init__(self, run: Path, keep_until: int, write: bool = True) -> None:
         self.file = run / "log.csv"
         self.rows: list[dict[str, str]] = []
         if self.file.exists() and keep_until > 0:
             with self.file.open(newline="") as lines:
                 self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) <= keep_until]
+        self.write = write
+        if not write:
+            return
         with self.file.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, _COLUMNS)
             writer.writeheader()
@@ -45,30 +50,20 @@ class RunLog:
         row = dict.fromkeys(_COLUMNS, "") | {"step": str(step)}
         row |= {name: f"{value:.6g}" for name, value in values.items() if value is not None}
         self.rows.append(row)
+        if not self.write:
+            return
         with self.file.open("a", newline="") as lines:
             csv.DictWriter(lines, _COLUMNS).writerow(row)
 
     def measured(self) -> list[tuple[int, Agreement]]:
         """Steps at which the drafts were measured on held-out texts."""
-        return [
-            (int(row["step"]), Agreement(*(float(row[name]) for name in Agreement._fields)))
-            for row in self.rows
-            if row["jsd"]
-        ]
-
-    def first(self) -> Agreement:
-        """What was measured before the first step."""
-        return self.measured()[0][1]
-
-    def last(self) -> Agreement:
-        """What was measured last."""
-        return self.measured()[-1][1]
+        return _measured(self.rows)
 
     def state(self) -> dict[str, str]:
         """For a progress bar: the last held-out values."""
         if not self.measured():
             return {}
-        last = self.last()
+        last = self.measured()[-1][1]
         return {"kl": f"{last.kl_drafts:.4f}", "jsd": f"{last.jsd:.4f}"}
 
     def plot(self) -> None:
@@ -90,3 +85,17 @@ class RunLog:
         right.legend()
         figure.savefig(self.file.with_suffix(".png"), dpi=120)
         pyplot.close(figure)
+
+
+def read_measured(run: Path) -> list[tuple[int, Agreement]]:
+    """What the log in a run's folder says of held-out texts, by step."""
+    with (run / "log.csv").open(newline="") as lines:
+        return _measured(csv.DictReader(lines))
+
+
+def _measured(rows: Iterable[dict[str, str]]) -> list[tuple[int, Agreement]]:
+    return [
+        (int(row["step"]), Agreement(*(float(row[name]) for name in Agreement._fields)))
+        for row in rows
+        if row["jsd"]
+    ]

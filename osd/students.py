@@ -114,7 +114,8 @@ class ResidualStudent:
         with bfloat16_products(self.dtype == torch.bfloat16):
             eu_T = sampled_eu(teacher_MTd, self.head_Vd)
             logp_TV = torch.log_softmax(F.linear(h_Td, self.head_Vd), -1)
-        drawn_KTr = self.head.drawn(moves, self.directions_Vr, logp_TV)
+        draws = list(range(self.config.draws))
+        drawn_KTr = self.head.drawn(moves, self.directions_Vr, logp_TV, draws)
         with bfloat16_products(self.dtype == torch.bfloat16):
             return eu_mismatch(mean_kl(drawn_KTr, self.directions_Vr, logp_TV), eu_T)
 

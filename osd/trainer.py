@@ -22,25 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from drafts.exits import copy_exit
 from drafts.init import write_manifest
 from drafts.manifest import load_ensemble, resolve_source
 from osd import checkpoint
-from osd.config import DistillConfig, ExitDrafts, ModelDrafts, ResidualDrafts
+from osd.build import load_teacher, new_students, shards, split
+from osd.config import DistillConfig
 from osd.corpus import Corpus, Text
-from osd.errors import ConfigError, OsdError
+from osd.errors import OsdError
 from osd.evaluate import Agreement, HeldOut
-from osd.log import RunLog
-from osd.objectives import MoveBasis, fisher_metric, move_basis
-from osd.posterior import WeightPosterior
+from osd.log import RunLog, read_measured
+from osd.processes import Processes
 from osd.schedule import batch_at, batches_per_epoch, derived_seed, learning_rate
-from osd.shards import shard_of
 from osd.states import FreshStates, KeptStates, States
-from osd.students import ExitStudent, Lesson, ModelStudent, ResidualStudent, Trainee
-from osd.teacher import Batch, Teacher, collate
+from osd.students import Lesson
+from osd.teacher import Batch, collate
 
 # What may change between a run and its going on.
 _FREE = {"run", "device", "evaluate_every", "checkpoint_every"}
@@ -63,32 +60,37 @@ def train(config: DistillConfig) -> Result:
             stopped being a number.
     """
     run = Run(config)
-    before = run.held_out.measure(run.students) if run.step == 0 else run.log.first()
     if run.step == 0:
-        run.log.add(0, agreement=before)
+        run.evaluate()
     for _ in run.steps():
         if run.step % config.evaluate_every == 0 or run.step == config.steps:
             run.evaluate()
         if run.step % config.checkpoint_every == 0 or run.step == config.steps:
             run.save()
-    run.log.plot()
-    return Result(run.write_ensemble(), before, run.log.last())
+    return run.finish()
 
 
 class Run:
     """Everything that a training run holds."""
 
     def __init__(self, config: DistillConfig) -> None:
+        self.processes = Processes(config.device)
+        config = config.model_copy(update={"device": self.processes.device})
         self.config = config
+        with self.processes.main_first():
+            self._prepare()
+
+    def _prepare(self) -> None:
+        config = self.config
         self.target_path = resolve_source(Path.cwd(), config.target, config.revision)
-        self.teacher = _teacher(config, self.target_path)
+        self.teacher = load_teacher(config, self.target_path)
         texts = Corpus(config.corpus).read(self.teacher.model.config.vocab_size)
         usable = [text for text in texts if text.response_start < config.max_tokens]
         held_out, training = split(usable, config.held_out)
         count = config.drafts.students
         self.texts = shards(training, count) if config.diverse else [training] * count
         self.states = self._states(training, config.draws_per_text)
-        self.students = _students(config, self.target_path, self.teacher, self.states, training)
+        self.students = new_students(config, self.target_path, self.teacher, self.states, training)
         draws = config.held_out_draws
         self.held_out = HeldOut(
             self._states(held_out, draws if config.draws_per_text else None),
@@ -110,7 +112,7 @@ class Run:
         config.run.mkdir(parents=True, exist_ok=True)
         modules = [student.module for student in self.students]
         self.step = checkpoint.load_last(config.run, _fixed(config), modules, self.optimisers)
-        self.log = RunLog(config.run, keep_until=self.step)
+        self.log = RunLog(config.run, keep_until=self.step, write=self.processes.is_main)
 
     def _states(self, texts: list[Text], draws: int | None) -> States:
         """Fresh draws, or `draws` kept ones of each text."""
@@ -129,17 +131,23 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Train step by step; yields after each, `self.step` being the number of steps done."""
-        config = self.config
-        with tqdm(total=config.steps, initial=self.step, desc="distil", unit="step") as bar:
+        config, own = self.config, self.processes.own
+        numbers = [number for number in range(len(self.students)) if own(number)]
+        with tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc="distil",
+            unit="step",
+            disable=not self.processes.is_main,
+        ) as bar:
             while self.step < config.steps:
-                started, n_tokens, losses = time.monotonic(), 0, []
+                started = time.monotonic()
                 rate = learning_rate(self.step, config.steps, config.learning_rate, config.warmup)
-                for number in range(len(self.students)):
-                    loss, tokens = self._student_step(number, rate)
-                    losses.append(loss)
-                    n_tokens += tokens
+                done = [self._student_step(number, rate) for number in numbers]
                 self.step += 1
-                mean = sum(losses) / len(losses)
+                own_loss, own_tokens = sum(d[0] for d in done), sum(d[1] for d in done)
+                loss, n_tokens = self.processes.total([own_loss, own_tokens])
+                mean = loss / len(self.students)
                 per_second = n_tokens / (time.monotonic() - started)
                 self.log.add(self.step, loss=mean, rate=rate, tokens_per_second=per_second)
                 shown = {"loss": f"{mean:.4f}", "tok/s": f"{per_second:.0f}"}
@@ -196,14 +204,30 @@ class Run:
 
     def evaluate(self) -> None:
         """Measure the drafts on held-out texts."""
-        self.log.add(self.step, agreement=self.held_out.measure(self.students))
+        self._share()
+        if self.processes.is_main:
+            self.log.add(self.step, agreement=self.held_out.measure(self.students))
 
     def save(self) -> None:
         """Write a checkpoint."""
-        modules = [student.module for student in self.students]
-        checkpoint.save(self.config.run, self.step, _fixed(self.config), modules, self.optimisers)
+        self._share()
+        if self.processes.is_main:
+            fixed, modules = _fixed(self.config), [student.module for student in self.students]
+            checkpoint.save(self.config.run, self.step, fixed, modules, self.optimisers)
 
-    def write_ensemble(self) -> Path:
+    def finish(self) -> Result:
+        """Plot the log and write the ensemble."""
+        with self.processes.main_first():
+            if self.processes.is_main:
+                self.log.plot()
+                self._write_ensemble(self.config.run / "ensemble")
+        measured = read_measured(self.config.run)
+        return Result(self.config.run / "ensemble", measured[0][1], measured[-1][1])
+
+    def _share(self) -> None:
+        self.processes.share([student.module for student in self.students], self.optimisers)
+
+    def _write_ensemble(self, folder: Path) -> None:
         """The finished drafts as a folder that the service takes; replaces one from before."""
         building = self.config.run / "ensemble.partial"
         shutil.rmtree(building, ignore_errors=True)
@@ -222,32 +246,8 @@ class Run:
         version = f"{self.config.drafts.kind}-{self.step}-{digest.hexdigest()[:8]}"
         write_manifest(building, self.config.name, version, str(self.target_path), named)
         load_ensemble(building)
-        folder = self.config.run / "ensemble"
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
-        return folder
-
-
-def split(texts: list[Text], held_out: int) -> tuple[list[Text], list[Text]]:
-    """Held-out texts and the rest, by conversation: none has texts in both."""
-    keys = sorted({text.key for text in texts}, key=lambda key: derived_seed("held out", key))
-    if len(keys) <= held_out:
-        raise ConfigError(f"{len(keys)} conversations are too few to hold {held_out} out")
-    kept = set(keys[:held_out])
-    return (
-        [text for text in texts if text.key in kept],
-        [text for text in texts if text.key not in kept],
-    )
-
-
-def shards(texts: list[Text], count: int) -> list[list[Text]]:
-    """The disjoint shards that students learn from (DDD)."""
-    parts: list[list[Text]] = [[] for _ in range(count)]
-    for text in texts:
-        parts[shard_of(text.key, count)].append(text)
-    if empty := [number for number, part in enumerate(parts) if not part]:
-        raise ConfigError(f"shards {empty} of {count} have no texts; the corpus is too small")
-    return parts
 
 
 def letters() -> Iterator[str]:
@@ -261,60 +261,3 @@ def _fixed(config: DistillConfig) -> dict[str, Any]:
     """The part of the configuration that a run that goes on must share."""
     values: dict[str, Any] = json.loads(config.model_dump_json(exclude=_FREE))
     return values
-
-
-def _teacher(config: DistillConfig, target: Path) -> Teacher:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        target, dtype=getattr(torch, config.dtype), local_files_only=True
-    ).to(config.device)
-    posterior = WeightPosterior(model, config.posterior, cache=config.run.parent / "svd")
-    return Teacher(model, posterior)
-
-
-def _students(
-    config: DistillConfig, target: Path, teacher: Teacher, states: States, texts: list[Text]
-) -> list[Trainee]:
-    drafts, dtype = config.drafts, getattr(torch, config.dtype)
-    seeds = [derived_seed(config.seed, "student", number) for number in range(drafts.students)]
-    if isinstance(drafts, ResidualDrafts):
-        basis = _move_basis(config, drafts, teacher.head_Vd, states, texts)
-        return [ResidualStudent(drafts, teacher.head_Vd, basis, dtype, seed) for seed in seeds]
-    if isinstance(drafts, ModelDrafts):
-        source = resolve_source(Path.cwd(), drafts.source, drafts.revision)
-        return [ModelStudent(drafts, source, teacher.head_Vd, dtype, seed) for seed in seeds]
-    start = _exit_start(config, drafts, target)
-    return [ExitStudent(drafts, start, teacher.head_Vd, dtype, seed) for seed in seeds]
-
-
-def _exit_start(config: DistillConfig, drafts: ExitDrafts, target: Path) -> Path:
-    folder = config.run / f"start-{drafts.own_layers}"
-    if not folder.exists():
-        building = config.run / f"{folder.name}.partial"
-        shutil.rmtree(building, ignore_errors=True)
-        copy_exit(target, building, drafts.own_layers, drafts.layer)
-        building.rename(folder)
-    return folder
-
-
-def _move_basis(
-    config: DistillConfig,
-    drafts: ResidualDrafts,
-    head_Vd: Tensor,
-    states: States,
-    texts: list[Text],
-) -> MoveBasis:
-    """The directions of moves, from draws of the posterior on training texts."""
-    rows: list[Tensor] = []
-    moves: list[Tensor] = []
-    index = 0
-    while sum(map(len, rows)) < drafts.basis_rows:
-        chosen = batch_at(texts, index, config.texts, derived_seed(config.seed, "basis"))
-        batch = collate(chosen, config.max_tokens, head_Vd.device)
-        h = states.clean(chosen, batch).h_Td
-        draw = states.draw(chosen, batch, index, derived_seed(config.seed, "basis", index))
-        rows.append(h)
-        moves.append(draw - h)
-        index += 1
-    return move_basis(fisher_metric(torch.cat(rows), head_Vd), torch.cat(moves), drafts.rank)

@@ -39,7 +39,7 @@ def test_a_good_one(folder: Path) -> None:
     kinds = [member.draft.kind for member in ensemble.members]
     assert kinds == ["exit", "exit", "model", "model", "residual", "residual"]
     assert ensemble.hidden_layers == (1, 2, 3)
-    assert [draws for _, draws in ensemble.students()] == [[0, 3]]
+    assert [draws for _, draws in ensemble.students().values()] == [[0, 3]]
     for member in ensemble.members:
         assert read_member(member)
 

@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from drafts.manifest import load_ensemble
 from drafts.reference import Reference
+from osd.build import shards, split
 from osd.config import DistillConfig, read_config
 from osd.corpus import Corpus, Text
 from osd.errors import CheckpointError, ConfigError, CorpusError, OsdError
+from osd.log import read_measured
 from osd.schedule import batch_at, learning_rate
-from osd.trainer import shards, split, train
+from osd.trainer import train
 from tests.tiny import save_lm
 
 RESIDUAL = {
@@ -179,6 +181,32 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert resumed.after == whole.after
     steps = [line.split(",")[0] for line in (killed.run / "log.csv").read_text().splitlines()[1:]]
     assert [int(step) for step in steps] == sorted(int(step) for step in steps)
+
+
+def test_two_processes_make_what_one_makes(target: Path, corpus: Path, tmp_path: Path) -> None:
+    """As on a machine with several GPUs; here both processes compute on the CPU."""
+    drafts = RESIDUAL | {"students": 3}
+    changes: dict[str, Any] = {"drafts": drafts, "draws_per_text": 2, "evaluate_every": 5}
+    one = train(configured(target, corpus, tmp_path / "one/run", **changes))
+    two = configured(target, corpus, tmp_path / "two/run", checkpoint_every=4, **changes)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(json.loads(two.model_dump_json())))
+    demur = Path(sys.executable).with_name("demur")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--num_cpu_threads_per_process=1", "--mixed_precision=no"]
+    command += ["--dynamo_backend=no", str(demur), "distill", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("serve it:") == 1
+    got, expected = weights(two.run / "ensemble"), weights(one.ensemble)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, atol=1e-5, rtol=1e-4)
+    assert len(list(two.run.glob("checkpoint-??????"))) == 2
+    logs = [read_measured(config_run) for config_run in (tmp_path / "one/run", two.run)]
+    assert [step for step, _ in logs[0]] == [step for step, _ in logs[1]] == [0, 5, 10, 12]
+    for (_, ours), (_, theirs) in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_a_checkpoint_that_cannot_be_used_is_refused_by_name(

@@ -1,0 +1,103 @@
+"""What a training run is made of: its texts and shards, its teacher, its students at the start."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from drafts.exits import copy_exit
+from drafts.manifest import resolve_source
+from osd.config import DistillConfig, ExitDrafts, ModelDrafts, ResidualDrafts
+from osd.corpus import Text
+from osd.errors import ConfigError
+from osd.objectives import MoveBasis, fisher_metric, move_basis
+from osd.posterior import WeightPosterior
+from osd.schedule import batch_at, derived_seed
+from osd.shards import shard_of
+from osd.states import States
+from osd.students import ExitStudent, ModelStudent, ResidualStudent, Trainee
+from osd.teacher import Teacher, collate
+
+
+def split(texts: list[Text], held_out: int) -> tuple[list[Text], list[Text]]:
+    """Held-out texts and the rest, by conversation: none has texts in both."""
+    keys = sorted({text.key for text in texts}, key=lambda key: derived_seed("held out", key))
+    if len(keys) <= held_out:
+        raise ConfigError(f"{len(keys)} conversations are too few to hold {held_out} out")
+    kept = set(keys[:held_out])
+    return (
+        [text for text in texts if text.key in kept],
+        [text for text in texts if text.key not in kept],
+    )
+
+
+def shards(texts: list[Text], count: int) -> list[list[Text]]:
+    """The disjoint shards that students learn from (DDD)."""
+    parts: list[list[Text]] = [[] for _ in range(count)]
+    for text in texts:
+        parts[shard_of(text.key, count)].append(text)
+    if empty := [number for number, part in enumerate(parts) if not part]:
+        raise ConfigError(f"shards {empty} of {count} have no texts; the corpus is too small")
+    return parts
+
+
+def load_teacher(config: DistillConfig, target: Path) -> Teacher:
+    """The target, frozen, with the posterior over its weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        target, dtype=getattr(torch, config.dtype), local_files_only=True
+    ).to(config.device)
+    posterior = WeightPosterior(model, config.posterior, cache=config.run.parent / "svd")
+    return Teacher(model, posterior)
+
+
+def new_students(
+    config: DistillConfig, target: Path, teacher: Teacher, states: States, texts: list[Text]
+) -> list[Trainee]:
+    """All students as they are before the first step."""
+    drafts, dtype = config.drafts, getattr(torch, config.dtype)
+    seeds = [derived_seed(config.seed, "student", number) for number in range(drafts.students)]
+    if isinstance(drafts, ResidualDrafts):
+        basis = _move_basis(config, drafts, teacher.head_Vd, states, texts)
+        return [ResidualStudent(drafts, teacher.head_Vd, basis, dtype, seed) for seed in seeds]
+    if isinstance(drafts, ModelDrafts):
+        source = resolve_source(Path.cwd(), drafts.source, drafts.revision)
+        return [ModelStudent(drafts, source, teacher.head_Vd, dtype, seed) for seed in seeds]
+    start = _exit_start(config, drafts, target)
+    return [ExitStudent(drafts, start, teacher.head_Vd, dtype, seed) for seed in seeds]
+
+
+def _exit_start(config: DistillConfig, drafts: ExitDrafts, target: Path) -> Path:
+    folder = config.run / f"start-{drafts.own_layers}"
+    if not folder.exists():
+        building = config.run / f"{folder.name}.partial"
+        shutil.rmtree(building, ignore_errors=True)
+        copy_exit(target, building, drafts.own_layers, drafts.layer)
+        building.rename(folder)
+    return folder
+
+
+def _move_basis(
+    config: DistillConfig,
+    drafts: ResidualDrafts,
+    head_Vd: Tensor,
+    states: States,
+    texts: list[Text],
+) -> MoveBasis:
+    """The directions of moves, from draws of the posterior on training texts."""
+    rows: list[Tensor] = []
+    moves: list[Tensor] = []
+    index = 0
+    while sum(map(len, rows)) < drafts.basis_rows:
+        chosen = batch_at(texts, index, config.texts, derived_seed(config.seed, "basis"))
+        batch = collate(chosen, config.max_tokens, head_Vd.device)
+        h = states.clean(chosen, batch).h_Td
+        draw = states.draw(chosen, batch, index, derived_seed(config.seed, "basis", index))
+        rows.append(h)
+        moves.append(draw - h)
+        index += 1
+    return move_basis(fisher_metric(torch.cat(rows), head_Vd), torch.cat(moves), drafts.rank)
