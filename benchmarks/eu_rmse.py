@@ -21,33 +21,24 @@ import argparse
 import hashlib
 import json
 import logging
-import os
-import platform
 import time
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import eu_estimators
-import numpy as np
-import torch
 import yaml
 from eu_compare import Estimate, Floats, best_scale, rmse_ratio, row
 from eu_kept import kept
 from eu_plots import plot_cost, plot_scatter, plot_training
-from eu_table import write_tables
-from transformers import AutoModelForCausalLM
+from eu_reference import described, load, machine, reference_of
+from eu_table import line, write_tables
 
-from drafts.init import default_folder
 from drafts.manifest import load_ensemble
 from osd.corpus import Corpus, Text
 from osd.log import read_measured
-from osd.posterior import PosteriorConfig, WeightPosterior
-from osd.schedule import derived_seed
 from osd.teacher import Teacher
-from osd.true_eu import TrueEU, true_eu
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/eu_rmse.json"
@@ -66,31 +57,20 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
-    root = default_folder().parent
     plan = yaml.safe_load(arguments.plan.read_text())
-    target = default_folder() / "target"
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
-    teacher = Teacher(model, WeightPosterior(model, PosteriorConfig(), cache=root / "true_eu"))
+    teacher, root = load()
     tables, goals = {}, []
     for name in arguments.texts or ["gsm8k-test", "svamp", "gsm8k-labelled"]:
-        corpus = Corpus(root / name)
-        texts = corpus.read(model.config.vocab_size)[: arguments.limit]
-        label = f"{name}-{len(texts)}-M{arguments.draws}-s{arguments.seed}"
-        reference = true_eu(
-            teacher,
-            texts,
-            draws=arguments.draws,
-            max_tokens=eu_estimators.MAX_TOKENS,
-            seed=derived_seed(arguments.seed, "reference"),
-            cache=root / "true_eu" / label,
+        reference, texts, label = reference_of(
+            teacher, root, name, arguments.draws, arguments.limit, arguments.seed
         )
         truth = [eu.whole for eu in reference]
         values = root / "eu_estimates" / label
         estimates = estimated(teacher, texts, plan, arguments.seed, values)
         estimates = [eu_estimators.constant(truth), *estimates]
         rows = [row(estimate, truth) for estimate in estimates]
-        about = described(reference, corpus, arguments.draws)
-        tables[name] = {"texts": len(texts), "reference": about, "rows": rows}
+        about = described(reference, arguments.draws) | {"corpus": Corpus(root / name).about}
+        tables[name] = {"reference": about, "rows": rows}
         for found in rows:
             print(line(found), flush=True)
         if name == "gsm8k-test":
@@ -103,8 +83,7 @@ def main() -> None:
         "benchmark": "eu_rmse",
         "command": "python benchmarks/eu_rmse.py",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        **machine(),
         "posterior": teacher.posterior.config.model_dump(),
         "goals": goals,
         "tables": tables,
@@ -140,22 +119,6 @@ def estimated(
     )
 
 
-def described(reference: list[TrueEU], corpus: Corpus, draws: int) -> dict[str, Any]:
-    """The reference, and how noisy it is."""
-    whole = np.concatenate([eu.whole for eu in reference])
-    halves = np.concatenate([eu.first - eu.second for eu in reference])
-    return {
-        "draws": draws,
-        "tokens": len(whole),
-        "mean": float(whole.mean()),
-        "standard_deviation": float(whole.std()),
-        # Each half has twice the variance of the whole, their difference four times.
-        "noise_rms": float(np.sqrt(np.mean(halves**2)) / 2),
-        "kl_posterior_mean_target": float(np.concatenate([eu.shift for eu in reference]).mean()),
-        "corpus": corpus.about,
-    }
-
-
 def checked(
     goals: list[dict[str, Any]],
     estimates: list[Estimate],
@@ -182,14 +145,6 @@ def checked(
             bound, holds = goal["at_most"], value[0] <= goal["at_most"]
         found.append({"name": goal["name"], "value": value, "bound": bound, "holds": holds})
     return found
-
-
-def line(values: dict[str, Any]) -> str:
-    """A row of the table for the terminal."""
-    names = ("rmse", "rmse_scaled", "bias", "pearson", "spearman")
-    numbers = "  ".join(f"{name} {values[name][0]:+.4f}" for name in names)
-    cost = f"{values['flops']:.3f} + {values['head_flops']:.3f}"
-    return f"{values['name']:44} {numbers}  cost {cost}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def write_tables(result: dict[str, Any], file: Path) -> None:
             "",
             f"## {name}",
             "",
-            f"{table['texts']} texts, {about['tokens']} tokens. EU* of M = {about['draws']} draws: "
+            f"{about['texts']} texts, {about['tokens']} tokens. EU* of M = {about['draws']} draws: "
             f"mean {about['mean']:.3f}, standard deviation {about['standard_deviation']:.3f}, "
             f"own noise {about['noise_rms']:.3f} (root mean square, from its halves). "
             f"KL(p_T ‖ p) {about['kl_posterior_mean_target']:.3f}.",
@@ -61,3 +61,11 @@ def interval(value: list[float]) -> str:
     if len(value) == 1:
         return f"{value[0]:.3f}"
     return f"{value[0]:.3f} ({value[1]:.3f}–{value[2]:.3f})"
+
+
+def line(values: dict[str, Any]) -> str:
+    """A row of the table for the terminal."""
+    names = ("rmse", "rmse_scaled", "bias", "pearson", "spearman")
+    numbers = "  ".join(f"{name} {values[name][0]:+.4f}" for name in names)
+    cost = f"{values['flops']:.3f} + {values['head_flops']:.3f}"
+    return f"{values['name']:44} {numbers}  cost {cost}"

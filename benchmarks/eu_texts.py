@@ -1,10 +1,10 @@
-"""The texts of benchmarks/eu_rmse.py, none of which any draft is trained on.
+"""The texts of benchmarks/eu_rmse.py and eu_frontier.py, which no draft is trained on.
 
     python benchmarks/eu_texts.py --data ../shared/data
 
-Writes three corpora beside the default ensemble: `gsm8k-test` and `svamp`, the target's own sampled
-answers to questions of either, and `gsm8k-labelled`, solutions that other models wrote to other
-questions of GSM8K's test set.
+Writes four corpora beside the default ensemble: `gsm8k-test`, `gsm8k-dev` and `svamp`, the target's
+own sampled answers to test questions, to training questions that its drafts were not shown and to
+SVAMP's, and `gsm8k-labelled`, solutions that other models wrote to other test questions.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default_folder().parent)
     parser.add_argument("--gsm8k", type=int, default=200, help="questions")
     parser.add_argument("--others", type=int, default=64, help="questions of each other kind")
+    parser.add_argument("--dev-from", type=int, default=5000, help="first training question")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args()
     if arguments.ensemble == default_folder():
@@ -42,7 +43,13 @@ def main() -> None:
     svamp = json.loads((arguments.data / "svamp/SVAMP.json").read_text())
     every = len(svamp) // arguments.others
     bodies = [ask(f"{row['Body'].rstrip('. ')}. {row['Question']}") for row in svamp[::every]]
-    for name, prompts in (("gsm8k-test", questions), ("svamp", bodies[: arguments.others])):
+    train = rows(arguments.data / "gsm8k/train.jsonl")[arguments.dev_from :]
+    sets = {
+        "gsm8k-test": questions,
+        "gsm8k-dev": [ask(row["question"]) for row in train[: arguments.others]],
+        "svamp": bodies[: arguments.others],
+    }
+    for name, prompts in sets.items():
         asyncio.run(
             run(
                 arguments.ensemble,

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from eu_compare import Estimate, best_scale, rmse_ratio, row
+from eu_cost import head_cost, layers_cost, student_cost
+from eu_kept import kept
+from eu_table import write_tables
+
+from drafts.residual import ResidualConfig
 
 RNG = np.random.default_rng(0)
 TRUTH = [RNG.gamma(1.0, 0.2, size=30) for _ in range(60)]
@@ -55,3 +63,65 @@ def test_the_best_scale_is_least_squares() -> None:
     scale = best_scale([x], [y])
     errors = [np.mean((s * x - y) ** 2) for s in (scale - 0.01, scale, scale + 0.01)]
     assert errors[1] == min(errors)
+
+
+def test_what_was_estimated_is_kept_and_not_done_again(tmp_path: Path) -> None:
+    first = noisy(1.0, 0.1, 5)
+    first.values = [values[: 3 + i] for i, values in enumerate(first.values)]  # unlike lengths
+    first.flops, first.time = 0.5, 2.0
+    calls = []
+
+    def make() -> list[Estimate]:
+        calls.append(1)
+        return [first, Estimate("other", [2 * values for values in first.values])]
+
+    kept(tmp_path / "a/exit-240.1", make)
+    again, other = kept(tmp_path / "a/exit-240.1", make)
+    assert len(calls) == 1
+    assert (again.name, again.flops, again.head_flops, again.time) == (first.name, 0.5, 0.0, 2.0)
+    assert [len(values) for values in again.values] == [len(values) for values in first.values]
+    for ours, theirs, double in zip(again.values, first.values, other.values, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(double, 2 * theirs)
+
+
+def test_costs_are_those_of_the_weights() -> None:
+    smollm2 = SimpleNamespace(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152,
+    )  # fmt: skip
+    # q, k, v, o and the three matrices of the MLP
+    assert layers_cost(smollm2) == 30 * (576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536)
+    assert head_cost(smollm2) == 576 * 49152
+    config = ResidualConfig(hidden_size=8, taps=[2, 3], rank=3, factors=2, width=5, draws=4)
+    network = (3 * 8 + 4) * 5 + 5 * (3 + 3 + 3 * 2)
+    per_draw = 3 * 2 + 3 * 8 + 64 * 3
+    assert student_cost(config, 4) == network + 4 * per_draw + 64 * 3 * (1 + 2 + 2)
+
+
+def test_the_page_says_what_the_result_says(tmp_path: Path) -> None:
+    result = {
+        "machine": {"cores": 2},
+        "goals": [{"name": "low RMSE", "value": [0.7, 0.6, 0.8], "bound": 0.63, "holds": False}],
+        "tables": {
+            "some-texts": {
+                "reference": {
+                    "texts": 60, "tokens": 1800, "draws": 64, "mean": 0.2,
+                    "standard_deviation": 0.1, "noise_rms": 0.01, "kl_posterior_mean_target": 0.05,
+                },
+                "rows": [row(noisy(1.0, 0.1, 1), TRUTH)],
+            }
+        },
+        "training": {
+            "exit": {
+                "before": {"kl_drafts": 0.5, "jsd": 0.0},
+                "after": {"kl_drafts": 0.25, "jsd": 0.125},
+            }
+        },
+    }  # fmt: skip
+    write_tables(result, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| low RMSE | 0.700 (0.600–0.800) | 0.63 | **no** |" in page
+    assert "60 texts, 1800 tokens" in page
+    assert "| exit | 0.5000 | 0.2500 | 0.0000 | 0.1250 |" in page
+    assert "| 1.0 0.1 | 0.1" in page

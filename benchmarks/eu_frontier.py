@@ -1,0 +1,130 @@
+"""Which shape of residual drafts is worth its cost? One student of each shape, trained alike.
+
+    python benchmarks/eu_frontier.py
+
+Starts from benchmarks/drafts/residual.yaml and changes one thing at a time: layers tapped, rank,
+factors, width, the objective; then which drafts are taken from a student, K = 1 to 16. Measured
+against EU* on `gsm8k-dev` (benchmarks/eu_texts.py), answers to training questions that no draft was
+trained on, so that nothing is chosen by the texts that benchmarks/eu_rmse.py reports.
+
+Writes benchmarks/results/eu_frontier.json and docs/eu_frontier.md. Goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import eu_estimators
+from eu_compare import row
+from eu_kept import kept
+from eu_reference import described, load, machine, reference_of
+from eu_table import interval, line
+
+from drafts.manifest import load_ensemble
+from osd.config import DistillConfig, ResidualDrafts, read_config
+from osd.log import read_measured
+from osd.trainer import train
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "benchmarks/drafts/residual.yaml"
+RESULT = ROOT / "benchmarks/results/eu_frontier.json"
+STEPS = 300
+SHAPES: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "no taps": {"taps": []},
+    "one tap, layer 27": {"taps": [27]},
+    "rank 64": {"rank": 64},
+    "rank 128": {"rank": 128},
+    "1 factor": {"factors": 1},
+    "32 factors": {"factors": 32},
+    "width 96": {"width": 96},
+    "width 1024": {"width": 1024},
+    "likelihood alone": {"match": 0.0},
+}
+DRAWS = (1, 2, 4, 8, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each student")
+    arguments = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    base = read_config(BASE)
+    teacher, root = load()
+    reference, texts, label = reference_of(teacher, root, "gsm8k-dev", 64, 200, 0)
+    truth = [eu.whole for eu in reference]
+    rows = [row(eu_estimators.constant(truth), truth)]
+    for name, changes in SHAPES.items():
+        config = shaped(base, name, changes, arguments.steps)
+        if not (config.run / "ensemble").exists():
+            train(config)
+        ensemble = load_ensemble(config.run / "ensemble")
+        training = read_measured(config.run)[-1][1]
+        for count in DRAWS if not changes else (4,):
+            chosen = eu_estimators.first_drafts(ensemble, count)
+            file = root / "eu_estimates" / label / f"{ensemble.manifest.weights_version}-{count}"
+            found = kept(
+                file, lambda e=chosen, n=name: eu_estimators.of_ensemble(n, teacher, e, texts)
+            )
+            values = row(found[0], truth) | {"held_out_kl": training.kl_drafts}
+            rows.append(values)
+            print(line(values), flush=True)
+    result = {
+        "benchmark": "eu_frontier",
+        "command": "python benchmarks/eu_frontier.py",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **machine(),
+        "steps": arguments.steps,
+        "reference": described(reference, 64),
+        "goals": [],
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_table(result, ROOT / "docs/eu_frontier.md")
+
+
+def shaped(base: DistillConfig, name: str, changes: dict[str, Any], steps: int) -> DistillConfig:
+    """One student of a shape, on all texts."""
+    assert isinstance(base.drafts, ResidualDrafts)
+    drafts = base.drafts.model_dump() | {"students": 1, "draws": max(DRAWS)} | changes
+    slug = name.replace(",", "").replace(" ", "-")
+    values = base.model_dump() | {
+        "name": f"frontier-{slug}",
+        "run": base.run.parent / f"frontier-{slug}-{steps}",
+        "drafts": drafts,
+        "steps": steps,
+        "evaluate_every": steps,
+    }
+    return DistillConfig.model_validate(values)
+
+
+def write_table(result: dict[str, Any], file: Path) -> None:
+    """The rows as a page of docs/."""
+    about = result["reference"]
+    lines = [
+        "# Shapes of residual drafts",
+        "",
+        "Written by `python benchmarks/eu_frontier.py` from `benchmarks/results/eu_frontier.json`. "
+        f"One student of each shape, {result['steps']} steps on all texts, measured on "
+        f"{about['tokens']} tokens of answers to training questions that no draft saw, against EU* "
+        f"of M = {about['draws']} draws (mean {about['mean']:.3f}, own noise "
+        f"{about['noise_rms']:.3f}). Columns as in [eu_rmse.md](eu_rmse.md).",
+        "",
+        "| shape | RMSE | bias | Spearman | cost |",
+        "|---|---|---|---|---|",
+    ]
+    for values in result["rows"]:
+        numbers = [interval(values["rmse"]), f"{values['bias'][0]:+.3f}"]
+        numbers.append(interval(values["spearman"]))
+        cost = f"{values['flops']:.3f} + {values['head_flops']:.2f}"
+        lines.append(f"| {values['name']} | {' | '.join(numbers)} | {cost} |")
+    file.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
