@@ -1,11 +1,12 @@
-"""Which shape of residual drafts is worth its cost? One student of each shape, trained alike.
+"""Which shape of draft is worth its cost? One student of each shape, trained alike.
 
     python benchmarks/eu_frontier.py
 
 Starts from benchmarks/drafts/residual.yaml and changes one thing at a time: layers tapped, rank,
-factors, width, the objective; then which drafts are taken from a student, K = 1 to 16. Measured
-against EU* on `gsm8k-dev` (benchmarks/eu_texts.py), answers to training questions that no draft was
-trained on, so that nothing is chosen by the texts that benchmarks/eu_rmse.py reports.
+factors, width, the objective; takes K = 1 to 16 drafts of one student; and from
+benchmarks/drafts/exit.yaml, with 1 to 3 own layers. Measured against EU* on `gsm8k-dev`
+(benchmarks/eu_texts.py), answers to training questions that no draft was trained on, so that
+nothing is chosen by the texts that benchmarks/eu_rmse.py reports.
 
 Writes benchmarks/results/eu_frontier.json and docs/eu_frontier.md. Goes on where it stopped.
 """
@@ -26,16 +27,17 @@ from eu_reference import described, load, machine, reference_of
 from eu_table import interval, line
 
 from drafts.manifest import load_ensemble
-from osd.config import DistillConfig, ResidualDrafts, read_config
+from osd.config import DistillConfig, read_config
 from osd.log import read_measured
 from osd.trainer import train
 
 ROOT = Path(__file__).parents[1]
-BASE = ROOT / "benchmarks/drafts/residual.yaml"
+CONFIGS = ROOT / "benchmarks/drafts"
 RESULT = ROOT / "benchmarks/results/eu_frontier.json"
 STEPS = 300
-SHAPES: dict[str, dict[str, Any]] = {
-    "as shipped": {},
+BASE = "residual"
+RESIDUAL: dict[str, dict[str, Any]] = {
+    BASE: {},
     "no taps": {"taps": []},
     "one tap, layer 27": {"taps": [27]},
     "rank 64": {"rank": 64},
@@ -46,6 +48,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "width 1024": {"width": 1024},
     "likelihood alone": {"match": 0.0},
 }
+EXIT: dict[str, dict[str, Any]] = {
+    f"exit, {own} own layers": {"own_layers": own, "layer": 30 - own} for own in (1, 2, 3)
+}
 DRAWS = (1, 2, 4, 8, 16)
 
 
@@ -54,18 +59,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of each student")
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    base = read_config(BASE)
     teacher, root = load()
     reference, texts, label = reference_of(teacher, root, "gsm8k-dev", 64, 200, 0)
     truth = [eu.whole for eu in reference]
     rows = [row(eu_estimators.constant(truth), truth)]
-    for name, changes in SHAPES.items():
-        config = shaped(base, name, changes, arguments.steps)
+    for name, changes in (RESIDUAL | EXIT).items():
+        config = shaped(name, changes, arguments.steps)
         if not (config.run / "ensemble").exists():
             train(config)
         ensemble = load_ensemble(config.run / "ensemble")
         training = read_measured(config.run)[-1][1]
-        for count in DRAWS if not changes else (4,):
+        counts = (1,) if name in EXIT else DRAWS if name == BASE else (4,)
+        for count in counts:
             chosen = eu_estimators.first_drafts(ensemble, count)
             file = root / "eu_estimates" / label / f"{ensemble.manifest.weights_version}-{count}"
             found = kept(
@@ -88,10 +93,12 @@ def main() -> None:
     write_table(result, ROOT / "docs/eu_frontier.md")
 
 
-def shaped(base: DistillConfig, name: str, changes: dict[str, Any], steps: int) -> DistillConfig:
+def shaped(name: str, changes: dict[str, Any], steps: int) -> DistillConfig:
     """One student of a shape, on all texts."""
-    assert isinstance(base.drafts, ResidualDrafts)
-    drafts = base.drafts.model_dump() | {"students": 1, "draws": max(DRAWS)} | changes
+    base = read_config(CONFIGS / ("exit.yaml" if name in EXIT else "residual.yaml"))
+    drafts = base.drafts.model_dump() | {"students": 1} | changes
+    if name in RESIDUAL:
+        drafts["draws"] = max(DRAWS)
     slug = name.replace(",", "").replace(" ", "-")
     values = base.model_dump() | {
         "name": f"frontier-{slug}",
@@ -107,7 +114,7 @@ def write_table(result: dict[str, Any], file: Path) -> None:
     """The rows as a page of docs/."""
     about = result["reference"]
     lines = [
-        "# Shapes of residual drafts",
+        "# Shapes of drafts",
         "",
         "Written by `python benchmarks/eu_frontier.py` from `benchmarks/results/eu_frontier.json`. "
         f"One student of each shape, {result['steps']} steps on all texts, measured on "

@@ -106,10 +106,13 @@ def estimated(
     for name, rival in rivals:
         found += kept(folder / name, partial(rival, teacher, texts, SAMPLES, seed))
     for entry in plan["ensembles"]:
-        whole = load_ensemble(entry["folder"])
+        whole = load_ensemble(Path(entry["folder"]).expanduser())
+        if student := entry.get("student"):
+            alone = tuple(member for member in whole.members if member.path.name == student)
+            whole = replace(whole, members=alone)
         for count in entry.get("counts", [len(whole.members)]):
             ensemble = eu_estimators.first_drafts(whole, count)
-            file = folder / f"{whole.manifest.weights_version}-{count}"
+            file = folder / f"{whole.manifest.weights_version}{entry.get('student', '')}-{count}"
             name = entry["name"]
             found += kept(file, partial(eu_estimators.of_ensemble, name, teacher, ensemble, texts))
     file = Path(plan["probe"]).expanduser()

@@ -32,6 +32,7 @@ CONFIG_NAME = "config.json"
 N_CONFIDENCE = 4
 LOCAL_TOKENS = 64
 _LOCAL_ROWS = 128  # whose directions are gathered at once
+_LONGEST = 1.5
 _TINY = 1e-12
 
 
@@ -97,8 +98,9 @@ def local_scale(
     A small move m changes p by KL = 1/2 Var_p(A m), A = directions: only a few combinations of its
     r coordinates count, other ones at each token, and in those a handful of draws is now long, now
     short. The scale brings the draws' mean of that variance to its expectation over all draws. Both
-    are taken over p's likeliest tokens; a fourth of the expectation is added to both, so that no
-    token's draws are lengthened by more than 2.3.
+    are taken over p's likeliest tokens; a fourth of the expectation is added to both, and no draws
+    are lengthened by more than half: what is short among the likeliest tokens may be long among the
+    others, and KL grows faster than by the square there.
     """
     scales = []
     for start in range(0, len(logits_TV), _LOCAL_ROWS):
@@ -117,7 +119,7 @@ def local_scale(
         shifts_TKn = drawn_KTr[:, block].transpose(0, 1) @ a_Tnr.transpose(1, 2)
         found = (p.unsqueeze(1) * shifts_TKn.square()).sum(-1).mean(-1)
         room = 0.25 * expected + _TINY
-        scales.append(((expected + room) / (found + room)).sqrt())
+        scales.append(((expected + room) / (found + room)).sqrt().clamp(max=_LONGEST))
     return torch.cat(scales)
 
 

@@ -1,10 +1,10 @@
 """Distilled drafts in a form that travels, to be put beside a target that every machine has.
 
-    python -m drafts.shipped ~/.cache/demur/runs/residual/ensemble shipped/residual
-    python -m drafts.shipped ~/.cache/demur/runs/exit/ensemble shipped/exit --rank 16
+    python -m drafts.shipped ~/.cache/demur/runs/residual/ensemble drafts/trained/residual
+    python -m drafts.shipped ~/.cache/demur/runs/exit/ensemble drafts/trained/exit --rank 16
 
 `residual` students travel whole, in bfloat16; `exit` drafts as low-rank differences from the layers
-that they started from.
+that they started from. `drafts/trained/` holds those that come with this package.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from drafts.exits import apply_delta, copy_exit, split_delta
 from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, load_ensemble
+
+SHIPPED = Path(__file__).with_name("trained")
 
 _DELTA_NAME = "delta.safetensors"
 
