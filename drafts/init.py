@@ -85,14 +85,20 @@ def _check(ensemble: Ensemble) -> None:
 
 
 def write_manifest(
-    folder: Path, name: str, version: str, target: str, drafts: list[dict[str, object]]
+    folder: Path,
+    name: str,
+    version: str,
+    target: str,
+    drafts: list[dict[str, object]],
+    revision: str | None = None,
 ) -> None:
-    """Write `demur.json`."""
+    """Write `demur.json`; `revision` is of a target on the hub."""
+    source = {"source": target} | ({"revision": revision} if revision else {})
     manifest = {
         "format": 1,
         "name": name,
         "weights_version": version,
-        "target": {"source": target},
+        "target": source,
         "drafts": drafts,
     }
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")

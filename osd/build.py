@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,25 @@ from osd.shards import shard_of
 from osd.states import States
 from osd.students import ExitStudent, ModelStudent, ResidualStudent, Trainee
 from osd.teacher import Teacher, collate
+
+
+def check_fits(config: DistillConfig, target: Any) -> None:
+    """Refuse drafts that the target has no room for, before anything is computed.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    depth, drafts = target.num_hidden_layers, config.drafts
+    # The state after the last layer is the final one, which drafts read anyway, normed.
+    if beyond := [layer for layer in drafts.layers if layer >= depth]:
+        field = "drafts.taps" if isinstance(drafts, ResidualDrafts) else "drafts.layer"
+        raise ConfigError(f"{field}: the target has {depth} layers, and {beyond[-1]} is not inside")
+    if isinstance(drafts, ExitDrafts) and drafts.own_layers > depth:
+        raise ConfigError(f"drafts.own_layers: the target has {depth} layers to start from")
+    if isinstance(drafts, ResidualDrafts) and drafts.rank > target.hidden_size:
+        raise ConfigError(
+            f"drafts.rank: the target's hidden state has {target.hidden_size} numbers"
+        )
 
 
 def split(texts: list[Text], held_out: int) -> tuple[list[Text], list[Text]]:

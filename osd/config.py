@@ -29,14 +29,14 @@ class ResidualDrafts(_Strict):
     kind: Literal["residual"]
     students: int = Field(default=4, ge=1, description="checkpoints; with DDD one a shard")
     draws: int = Field(default=4, ge=1, description="drafts taken from each student")
-    taps: tuple[int, ...] = Field(
+    taps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="layers whose hidden states are read beside the final one"
     )
     rank: int = Field(default=256, gt=0, description="directions in which the state moves")
     factors: int = Field(default=8, gt=0, description="dimension of z")
     width: int = Field(default=512, gt=0, description="hidden units")
     shared_z: bool = Field(
-        default=False, description="one z for all tokens of a step, and not one a token"
+        default=False, description="one z for all tokens of a text, and not one a token"
     )
     basis_rows: int = Field(
         default=8192, gt=0, description="tokens whose moves the directions are taken from"

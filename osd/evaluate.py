@@ -79,7 +79,8 @@ def _sums(logq_KTV: Tensor, logp_MTV: Tensor, logp_TV: Tensor) -> Tensor:
     n_draws = logp_MTV.shape[0]
     reference = measures(logp_MTV, logp_TV).jsd * n_draws / (n_draws - 1)
     mean_TV = logp_MTV.exp().mean(0)
-    entropy_T = -(mean_TV * mean_TV.clamp_min(1e-38).log()).sum(-1)
+    # The entropy of a mean of few draws is low by about EU* / M.
+    entropy_T = -(mean_TV * mean_TV.clamp_min(1e-38).log()).sum(-1) + reference / n_draws
     cross_KT = -(logq_KTV * mean_TV).sum(-1)
     mixture_TV = logq_KTV.exp().mean(0).clamp_min(1e-38).log()
     cross_mixture_T = -(mixture_TV * mean_TV).sum(-1)

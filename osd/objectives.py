@@ -170,10 +170,14 @@ def sampled_eu(teacher_MTd: Tensor, head_Vd: Tensor) -> Tensor:
 
 def eu_mismatch(estimate_T: Tensor, noisy_T: Tensor) -> Tensor:
     """How far an estimate of EU* is from what few draws show: the gamma deviance, which weighs
-    small values as it does large ones, and the squared error in units of the draws' mean square,
-    which sees an estimate that is now and then far too large. Both have one minimum.
+    small values as it does large ones, and the squared error, which sees an estimate that is now
+    and then far too large. Both are least at the expectation of what draws show.
+
+    The error's unit is the estimate's own mean square: divided by that of the noisy values, large
+    ones would count for less, and the minimum would lie lower.
     """
-    error = (estimate_T - noisy_T).square().mean() / noisy_T.square().mean()
+    unit = estimate_T.detach().square().mean() + _NEGLIGIBLE**2
+    error = (estimate_T - noisy_T).square().mean() / unit
     return gamma_deviance(estimate_T, noisy_T) + error
 
 

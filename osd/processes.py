@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -26,7 +27,8 @@ class Processes:
     """
 
     def __init__(self, device: str) -> None:
-        self._state = PartialState(cpu=device == "cpu")
+        # The first process may work for hours on what is kept on disk, while the others wait.
+        self._state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
         self.is_main: bool = self._state.is_main_process
         self.count: int = self._state.num_processes
         self.index: int = self._state.process_index

@@ -7,17 +7,19 @@ epochs share them: d numbers a token and draw, from which the LM head makes the 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from osd.corpus import Text
+from osd.errors import CorpusError
 from osd.schedule import derived_seed
 from osd.teacher import Batch, Teacher, collate
 
@@ -94,7 +96,7 @@ class KeptStates:
         self.draws = draws
         self.device = teacher.head_Vd.device
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i].token_ids), texts[i].key, i))
-        self.folder = folder / f"states-{_fingerprint(teacher, texts, max_tokens, seed)}"
+        self.folder = folder / f"states-{fingerprint(teacher, texts, max_tokens, seed)}"
         self.folder.mkdir(parents=True, exist_ok=True)
         groups = [order[start : start + _GROUP] for start in range(0, len(order), _GROUP)]
         self.places = {
@@ -127,8 +129,12 @@ class KeptStates:
         parts = []
         for text in texts:
             number, place = self.places[_identity(text)]
-            with safe_open(self._file(number, name), framework="pt") as file:
-                parts.append(file.get_tensor(place).to(self.device))
+            path = self._file(number, name)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    parts.append(file.get_tensor(place).to(self.device))
+            except SafetensorError as error:
+                raise CorpusError(f"{path} cannot be read ({error}); remove it") from error
         return parts
 
     def _make(
@@ -161,8 +167,9 @@ class KeptStates:
     def _write(self, number: int, name: str, parts: list[Tensor]) -> None:
         file = self._file(number, name)
         tensors = {str(place): part.cpu().contiguous() for place, part in enumerate(parts)}
-        save_file(tensors, file.with_suffix(".partial"))
-        file.with_suffix(".partial").rename(file)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file(tensors, partial)
+        partial.rename(file)
 
     def _file(self, number: int, name: str) -> Path:
         return self.folder / f"{number:05d}-{name}.safetensors"
@@ -172,7 +179,8 @@ def _identity(text: Text) -> tuple[int, ...]:
     return (text.response_start, *text.token_ids)
 
 
-def _fingerprint(teacher: Teacher, texts: Sequence[Text], max_tokens: int, seed: int) -> str:
+def fingerprint(teacher: Teacher, texts: Sequence[Text], max_tokens: int, seed: int) -> str:
+    """Of a target's weights, its posterior, and texts."""
     digest = hashlib.sha256(f"{max_tokens} {seed} {teacher.model.dtype}".encode())
     digest.update(teacher.posterior.config.model_dump_json().encode())
     for name, tensor in sorted(teacher.model.state_dict().items()):

@@ -76,7 +76,6 @@ class ResidualStudent:
         self.dtype = dtype
         self.head_Vd = head_Vd
         self.layers = config.layers
-        self.into_dr = basis.into_dr
         shape = ResidualConfig(
             hidden_size=head_Vd.shape[1],
             taps=self.layers,
@@ -92,15 +91,22 @@ class ResidualStudent:
             self.head.basis.copy_(basis.basis_dr)
             self.head.z.copy_(z)
             self.head.eps.copy_(eps)
-        self.module = self.head.to(head_Vd.device)
-        self.directions_Vr = head_Vd @ self.head.basis
+        self.module = _InCoordinates(self.head, basis.into_dr).to(head_Vd.device)
+        self._directions: tuple[int, Tensor] | None = None
+
+    def directions(self) -> Tensor:
+        """What a move does to logits; made again when a checkpoint has changed the basis."""
+        version = self.head.basis._version
+        if self._directions is None or self._directions[0] != version:
+            self._directions = version, self.head_Vd @ self.head.basis
+        return self._directions[1]
 
     def loss(self, lesson: Lesson) -> Tensor:
         batch, clean, teacher_MTd, chosen = lesson
         h = clean.h_Td
         moves = self.head.moves(h, self._taps(batch, clean), clean.confidence_T4)
-        group = torch.zeros_like(batch.text_T) if self.config.shared_z else None
-        m_MTr = (teacher_MTd - h) @ self.into_dr
+        group = batch.text_T if self.config.shared_z else None
+        m_MTr = (teacher_MTd - h) @ self.module.into_dr
         loss = latent_factor_nll(moves, m_MTr, group) / self.config.rank
         if self.config.match:
             shown = Moves(*(part[chosen] for part in moves))
@@ -115,14 +121,14 @@ class ResidualStudent:
             eu_T = sampled_eu(teacher_MTd, self.head_Vd)
             logp_TV = torch.log_softmax(F.linear(h_Td, self.head_Vd), -1)
         draws = list(range(self.config.draws))
-        drawn_KTr = self.head.drawn(moves, self.directions_Vr, logp_TV, draws)
+        drawn_KTr = self.head.drawn(moves, self.directions(), logp_TV, draws)
         with bfloat16_products(self.dtype == torch.bfloat16):
-            return eu_mismatch(mean_kl(drawn_KTr, self.directions_Vr, logp_TV), eu_T)
+            return eu_mismatch(mean_kl(drawn_KTr, self.directions(), logp_TV), eu_T)
 
     def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
         taps, draws = self._taps(batch, clean), list(range(self.config.draws))
         logits_TV = F.linear(clean.h_Td, self.head_Vd)
-        moved = self.head(clean.h_Td, taps, logits_TV, self.directions_Vr, draws)
+        moved = self.head(clean.h_Td, taps, logits_TV, self.directions(), draws)
         return [Student(state, self.head_Vd) for state in moved]
 
     def save(self, folder: Path) -> list[dict[str, object]]:
@@ -139,6 +145,18 @@ class ResidualStudent:
 
     def _taps(self, batch: Batch, clean: Clean) -> list[Tensor]:
         return [batch.rows(clean.states[layer]) for layer in self.layers]
+
+
+class _InCoordinates(nn.Module):
+    """A head, and the coordinates that it learns in: a checkpoint holds both, for they belong
+    together and another machine may find the same directions in another order."""
+
+    into_dr: Tensor
+
+    def __init__(self, head: ResidualHead, into_dr: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("into_dr", into_dr)
 
 
 def quadrature(

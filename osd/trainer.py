@@ -27,7 +27,7 @@ from tqdm import tqdm
 from drafts.init import write_manifest
 from drafts.manifest import load_ensemble, resolve_source
 from osd import checkpoint
-from osd.build import load_teacher, new_students, shards, split
+from osd.build import check_fits, load_teacher, new_students, shards, split
 from osd.config import DistillConfig
 from osd.corpus import Corpus, Text
 from osd.errors import OsdError
@@ -35,7 +35,7 @@ from osd.evaluate import Agreement, HeldOut
 from osd.log import RunLog, read_measured
 from osd.processes import Processes
 from osd.schedule import batch_at, batches_per_epoch, derived_seed, learning_rate
-from osd.states import FreshStates, KeptStates, States
+from osd.states import FreshStates, KeptStates, States, fingerprint
 from osd.students import Lesson
 from osd.teacher import Batch, collate
 
@@ -84,6 +84,7 @@ class Run:
         config = self.config
         self.target_path = resolve_source(Path.cwd(), config.target, config.revision)
         self.teacher = load_teacher(config, self.target_path)
+        check_fits(config, self.teacher.model.config)
         texts = Corpus(config.corpus).read(self.teacher.model.config.vocab_size)
         usable = [text for text in texts if text.response_start < config.max_tokens]
         held_out, training = split(usable, config.held_out)
@@ -91,15 +92,16 @@ class Run:
         self.texts = shards(training, count) if config.diverse else [training] * count
         self.states = self._states(training, config.draws_per_text)
         self.students = new_students(config, self.target_path, self.teacher, self.states, training)
-        draws = config.held_out_draws
-        self.held_out = HeldOut(
-            self._states(held_out, draws if config.draws_per_text else None),
-            self.teacher.head_Vd,
-            held_out,
-            draws=draws,
-            max_tokens=config.max_tokens,
-            seed=derived_seed(config.seed, "held out"),
-        )
+        if self.processes.is_main:
+            draws = config.held_out_draws
+            self.held_out = HeldOut(
+                self._states(held_out, draws if config.draws_per_text else None),
+                self.teacher.head_Vd,
+                held_out,
+                draws=draws,
+                max_tokens=config.max_tokens,
+                seed=derived_seed(config.seed, "held out"),
+            )
         self.optimisers = [
             torch.optim.AdamW(
                 [p for p in student.module.parameters() if p.requires_grad],
@@ -111,7 +113,12 @@ class Run:
         ]
         config.run.mkdir(parents=True, exist_ok=True)
         modules = [student.module for student in self.students]
-        self.step = checkpoint.load_last(config.run, _fixed(config), modules, self.optimisers)
+        # What a run that goes on must share.
+        self.fixed: dict[str, Any] = json.loads(config.model_dump_json(exclude=_FREE))
+        self.fixed["target or corpus"] = fingerprint(
+            self.teacher, usable, config.max_tokens, config.seed
+        )
+        self.step = checkpoint.load_last(config.run, self.fixed, modules, self.optimisers)
         self.log = RunLog(config.run, keep_until=self.step, write=self.processes.is_main)
 
     def _states(self, texts: list[Text], draws: int | None) -> States:
@@ -212,8 +219,8 @@ class Run:
         """Write a checkpoint."""
         self._share()
         if self.processes.is_main:
-            fixed, modules = _fixed(self.config), [student.module for student in self.students]
-            checkpoint.save(self.config.run, self.step, fixed, modules, self.optimisers)
+            modules = [student.module for student in self.students]
+            checkpoint.save(self.config.run, self.step, self.fixed, modules, self.optimisers)
 
     def finish(self) -> Result:
         """Plot the log and write the ensemble."""
@@ -244,7 +251,10 @@ class Run:
         for file in sorted(building.rglob("*.safetensors")):
             digest.update(file.read_bytes())
         version = f"{self.config.drafts.kind}-{self.step}-{digest.hexdigest()[:8]}"
-        write_manifest(building, self.config.name, version, str(self.target_path), named)
+        target, revision = self.config.target, self.config.revision
+        local = Path(target).expanduser()
+        target = str(local.resolve()) if local.is_dir() else target
+        write_manifest(building, self.config.name, version, target, named, revision)
         load_ensemble(building)
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
@@ -255,9 +265,3 @@ def letters() -> Iterator[str]:
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     yield from alphabet
     yield from (one + two for one in alphabet for two in alphabet)
-
-
-def _fixed(config: DistillConfig) -> dict[str, Any]:
-    """The part of the configuration that a run that goes on must share."""
-    values: dict[str, Any] = json.loads(config.model_dump_json(exclude=_FREE))
-    return values

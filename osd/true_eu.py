@@ -9,6 +9,7 @@ reference's own noise.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,9 @@ def true_eu(
         if not file.exists():
             chosen = [texts[i] for i in indices]
             values = _batch(teacher, chosen, draws, max_tokens, derived_seed(seed, start))
-            save_file(values, file.with_suffix(".partial"))
-            file.with_suffix(".partial").rename(file)
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            save_file(values, partial)
+            partial.rename(file)
         for i, value in zip(indices, _split(load_file(file)), strict=True):
             found[i] = value
     return [found[i] for i in range(len(texts))]

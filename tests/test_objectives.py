@@ -14,6 +14,7 @@ from drafts.divergence import measures
 from drafts.residual import Moves
 from osd.objectives import (
     Student,
+    eu_mismatch,
     fisher_metric,
     forward_kl,
     gamma_deviance,
@@ -131,6 +132,22 @@ def test_eu_from_few_draws_is_right_on_average() -> None:
     assert bool(((few.mean(0) - many).abs() < 4.5 * error + 0.02 * many).all())
     uncorrected = few.mean(0) * 3 / 4
     assert bool((uncorrected < 0.8 * many).all())
+
+
+def test_the_mismatch_is_least_at_the_expectation() -> None:
+    """In batches as small as a step's, of values as noisy and as unequal as those of few draws."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    scale = torch.zeros((), requires_grad=True)
+    gradient = torch.zeros(())
+    for _ in range(3000):
+        mean = torch.randn(64, generator=generator).mul(1.2).exp() * 0.05
+        noise = torch.distributions.Gamma(0.7, 0.7).sample((64,))
+        loss = eu_mismatch(mean * scale.exp(), mean * noise)
+        (found,) = torch.autograd.grad(loss, scale)
+        gradient += found / 3000
+    # Divided by the noisy values' mean square it would be 0.7.
+    assert abs(float(gradient)) < 0.1
 
 
 def test_the_gamma_deviance_is_least_at_the_expectation() -> None:

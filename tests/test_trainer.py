@@ -219,7 +219,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_by_name(
     file = tmp_path / "run/checkpoint-000002/student-1.safetensors"
     whole = file.read_bytes()
     tensors = load_file(file)
-    tensors["up.weight"][0, 0] = torch.nan
+    tensors["head.up.weight"][0, 0] = torch.nan
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"student-1\.safetensors: up\.weight holds NaN"):
         train(config)
