@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,28 +31,32 @@ class Estimate:
 
 
 def row(estimate: Estimate, truth: list[Floats]) -> dict[str, Any]:
-    """One line of the table. Numbers are [value, low, high], the latter a 95% interval.
-
-    The best scale is fitted on texts 1, 3, 5, ... and everything is measured on texts 0, 2, 4, ...
-    """
-    scale = best_scale(estimate.values[1::2], truth[1::2])
-    pairs = list(zip(estimate.values[0::2], truth[0::2], strict=True))
+    """One line of the table. Numbers are [value, low, high], the latter a 95% interval."""
+    triples = list(zip(estimate.values, scaled(estimate, truth).values, truth, strict=True))
+    resampled = [compared(chosen) for chosen in resamples(triples)]
     values: dict[str, Any] = {"name": estimate.name}
-    resampled = [compared(chosen, scale) for chosen in resamples(pairs)]
-    for key, value in compared(pairs, scale).items():
+    for key, value in compared(triples).items():
         low, high = np.quantile([one[key] for one in resampled], [0.025, 0.975])
         values[key] = [value, float(low), float(high)]
     return values | {
-        "scale": scale,
+        "scale": best_scale(estimate.values, truth),
         "flops": estimate.flops,
         "head_flops": estimate.head_flops,
         "time": estimate.time,
     }
 
 
+def scaled(estimate: Estimate, truth: list[Floats]) -> Estimate:
+    """An estimate after the best single scale, that of each half of the texts fitted on the other:
+    texts 0, 2, 4, ... and 1, 3, 5, ..."""
+    scales = [best_scale(estimate.values[i::2], truth[i::2]) for i in (1, 0)]
+    values = [scales[place % 2] * values for place, values in enumerate(estimate.values)]
+    return replace(estimate, values=values)
+
+
 def rmse_ratio(first: Estimate, second: Estimate, truth: list[Floats]) -> list[float]:
     """RMSE of the first over that of the second, on the same texts: [value, low, high]."""
-    triples = list(zip(first.values[0::2], second.values[0::2], truth[0::2], strict=True))
+    triples = list(zip(first.values, second.values, truth, strict=True))
 
     def ratio(chosen: list[tuple[Floats, Floats, Floats]]) -> float:
         a, b, t = (np.concatenate(part) for part in zip(*chosen, strict=True))
@@ -74,14 +78,13 @@ def best_scale(values: list[Floats], truth: list[Floats]) -> float:
     return float(x @ y / (x @ x))
 
 
-def compared(pairs: list[tuple[Floats, Floats]], scale: float) -> dict[str, float]:
-    """Errors and correlations over all tokens of some texts."""
-    x = np.concatenate([values for values, _ in pairs])
-    y = np.concatenate([truth for _, truth in pairs])
-    constant = bool((x == x[0]).all())
+def compared(triples: list[tuple[Floats, Floats, Floats]]) -> dict[str, float]:
+    """Errors and correlations over all tokens of some texts: estimates, scaled ones, EU*."""
+    x, after_scale, y = (np.concatenate(part) for part in zip(*triples, strict=True))
+    constant = len(np.unique(x)) <= 2  # one value, or one for each half of the texts
     return {
         "rmse": float(np.sqrt(np.mean((x - y) ** 2))),
-        "rmse_scaled": float(np.sqrt(np.mean((scale * x - y) ** 2))),
+        "rmse_scaled": float(np.sqrt(np.mean((after_scale - y) ** 2))),
         "bias": float(np.mean(x - y)),
         "pearson": 0.0 if constant else float(pearsonr(x, y).statistic),
         "spearman": 0.0 if constant else float(spearmanr(x, y).statistic),

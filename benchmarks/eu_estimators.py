@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cost import ensemble_cost, head_cost, unit
 from eu_compare import Estimate, Floats
-from eu_cost import ensemble_cost, head_cost, unit
 from eu_probe import inputs, load_probe
 from torch import Tensor
 from tqdm import tqdm
@@ -35,9 +36,9 @@ Value = TypeVar("Value")
 
 
 def constant(truth: list[Floats]) -> Estimate:
-    """The mean of EU* over the calibration texts, for every token."""
-    mean = float(np.concatenate(truth[1::2]).mean())
-    return Estimate("constant", [np.full(len(eu), mean) for eu in truth])
+    """The mean of EU*, for every token; that of each half of the texts is the other's."""
+    means = [float(np.concatenate(truth[i::2]).mean()) for i in (1, 0)]
+    return Estimate("constant", [np.full(len(eu), means[i % 2]) for i, eu in enumerate(truth)])
 
 
 def entropy(teacher: Teacher, texts: list[Text]) -> list[Estimate]:
@@ -49,25 +50,28 @@ def entropy(teacher: Teacher, texts: list[Text]) -> list[Estimate]:
 def posterior_samples(
     teacher: Teacher, texts: list[Text], counts: Sequence[int], seed: int
 ) -> list[Estimate]:
-    """As the reference, with few draws that it does not hold, and uncorrected, as TokUR is."""
+    """As the reference, with few draws that it does not hold, corrected for their number."""
 
-    def states(text: Text) -> Tensor:
+    def states(text: Text, count: int) -> Tensor:
         drawn = []
-        for sample in range(max(counts)):
+        for sample in range(count):
             with teacher.posterior.sampled(derived_seed(seed, "rival", text.key, sample)):
                 drawn.append(states_of(teacher, text))
         return torch.stack(drawn)
 
-    return _sampled("posterior samples", teacher, texts, counts, states)
+    found = _sampled("posterior samples", teacher, texts, counts, states)
+    for estimate, count in zip(found, counts, strict=True):
+        estimate.values = [values * count / (count - 1) for values in estimate.values]
+    return found
 
 
 def tokur(teacher: Teacher, texts: list[Text], counts: Sequence[int], seed: int) -> list[Estimate]:
-    """TokUR's own protocol: noise per token, clean cache, first sample unperturbed."""
+    """TokUR's own protocol: noise per token, clean cache, first sample unperturbed, uncorrected."""
 
-    def states(text: Text) -> Tensor:
+    def states(text: Text, count: int) -> Tensor:
         ids = text.token_ids[:MAX_TOKENS]
         key = derived_seed(seed, "tokur", text.key)
-        drawn = tokur_states(teacher.model, teacher.posterior, ids, max(counts), key)
+        drawn = tokur_states(teacher.model, teacher.posterior, ids, count, key)
         return drawn[:, rows_of(text)].float()
 
     return _sampled("TokUR", teacher, texts, counts, states)
@@ -78,31 +82,38 @@ def _sampled(
     teacher: Teacher,
     texts: list[Text],
     counts: Sequence[int],
-    states: Callable[[Text], Tensor],
+    states: Callable[[Text, int], Tensor],
 ) -> list[Estimate]:
     """Mutual information of the first M samples, for each M."""
 
-    def values_of(text: Text) -> list[Floats]:
-        parts: list[list[Tensor]] = [[] for _ in counts]
-        for block in torch.split(states(text), _ROWS, dim=1):
+    def values_of(text: Text, chosen: Sequence[int]) -> list[Floats]:
+        parts: list[list[Tensor]] = [[] for _ in chosen]
+        for block in torch.split(states(text, max(chosen)), _ROWS, dim=1):
             logits = teacher.logits(block.flatten(0, 1)).unflatten(0, block.shape[:2])
-            for count, part in zip(counts, parts, strict=True):
+            for count, part in zip(chosen, parts, strict=True):
                 part.append(measures(logits[:count], logits[0]).jsd)
         return [torch.cat(part).double().numpy() for part in parts]
 
-    found, ratio = _timed(f"{name}, M = {max(counts)}", teacher, texts, values_of)
+    label = f"{name}, M = {max(counts)}"
+    with torch.inference_mode():
+        found = [values_of(text, counts) for text in tqdm(texts, desc=label, unit="text")]
     head = head_cost(teacher.model.config) / unit(teacher.model.config)
-    # One of the M passes stands for the target's own.
-    return [
-        Estimate(
-            f"{name}, M = {count}",
-            [values[place] for values in found],
-            flops=(count - 1) * (1 - head),
-            head_flops=(count - 1) * head,
-            time=(count - 1) * ratio / max(counts),
+    estimates = []
+    for place, count in enumerate(counts):
+        label = f"{name}, M = {count}"
+        alone = partial(values_of, chosen=(count,))
+        _, ratio = _timed(f"{label}, time", teacher, texts[:: 2 * _TIMED], alone, every=1)
+        # One of the M passes stands for the target's own.
+        estimates.append(
+            Estimate(
+                label,
+                [values[place] for values in found],
+                flops=(count - 1) * (1 - head),
+                head_flops=(count - 1) * head,
+                time=ratio - 1,
+            )
         )
-        for place, count in enumerate(counts)
-    ]
+    return estimates
 
 
 def of_ensemble(
@@ -165,7 +176,11 @@ def probe(teacher: Teacher, texts: list[Text], file: Path) -> list[Estimate]:
 
 
 def _timed(
-    name: str, teacher: Teacher, texts: list[Text], values_of: Callable[[Text], Value]
+    name: str,
+    teacher: Teacher,
+    texts: list[Text],
+    values_of: Callable[[Text], Value],
+    every: int = _TIMED,
 ) -> tuple[list[Value], float]:
     """What is made of each text, and how long that takes in units of the target's own pass with LM
     head: the median over every tenth text, each measured right after the target."""
@@ -173,7 +188,7 @@ def _timed(
     with torch.inference_mode():
         for number, text in enumerate(tqdm(texts, desc=name, unit="text")):
             plain = 0.0
-            if number % _TIMED == 0:
+            if number % every == 0:
                 started = time.perf_counter()
                 entropy_of(teacher, text)
                 plain = time.perf_counter() - started

@@ -24,6 +24,7 @@ import eu_estimators
 from eu_compare import row
 from eu_kept import kept
 from eu_reference import described, load, machine, reference_of
+from eu_rmse import ESTIMATES
 from eu_table import interval, line
 
 from drafts.manifest import load_ensemble
@@ -62,6 +63,7 @@ def main() -> None:
     teacher, root = load()
     reference, texts, label = reference_of(teacher, root, "gsm8k-dev", 64, 200, 0)
     truth = [eu.whole for eu in reference]
+    values = root / "eu_estimates" / f"{label}-v{ESTIMATES}"
     rows = [row(eu_estimators.constant(truth), truth)]
     for name, changes in (RESIDUAL | EXIT).items():
         config = shaped(name, changes, arguments.steps)
@@ -72,13 +74,12 @@ def main() -> None:
         counts = (1,) if name in EXIT else DRAWS if name == BASE else (4,)
         for count in counts:
             chosen = eu_estimators.first_drafts(ensemble, count)
-            file = root / "eu_estimates" / label / f"{ensemble.manifest.weights_version}-{count}"
+            file = values / f"{ensemble.manifest.weights_version}-{count}"
             found = kept(
                 file, lambda e=chosen, n=name: eu_estimators.of_ensemble(n, teacher, e, texts)
             )
-            values = row(found[0], truth) | {"held_out_kl": training.kl_drafts}
-            rows.append(values)
-            print(line(values), flush=True)
+            rows.append(row(found[0], truth) | {"held_out_kl": training.kl_drafts})
+            print(line(rows[-1]), flush=True)
     result = {
         "benchmark": "eu_frontier",
         "command": "python benchmarks/eu_frontier.py",

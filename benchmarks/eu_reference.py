@@ -17,6 +17,7 @@ from drafts.init import default_folder
 from osd.corpus import Corpus, Text
 from osd.posterior import PosteriorConfig, WeightPosterior
 from osd.schedule import derived_seed
+from osd.states import fingerprint
 from osd.teacher import Teacher
 from osd.true_eu import TrueEU, true_eu
 
@@ -33,7 +34,8 @@ def reference_of(
 ) -> tuple[list[TrueEU], list[Text], str]:
     """EU* of the first texts of a corpus, the texts, and a label that is of nothing else."""
     texts = Corpus(root / name).read(teacher.model.config.vocab_size)[:limit]
-    label = f"{name}-{len(texts)}-M{draws}-s{seed}"
+    of = fingerprint(teacher, texts, MAX_TOKENS, seed)
+    label = f"{name}-{len(texts)}-M{draws}-{of}"
     reference = true_eu(
         teacher,
         texts,

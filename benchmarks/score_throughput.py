@@ -32,6 +32,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from cost import draft_heads_cost, draft_layers_cost, head_cost, layers_cost, students_cost
 from tqdm import tqdm
 
 from drafts.engine import Engine, EngineConfig, set_environment
@@ -44,7 +45,7 @@ RESULT = ROOT / "benchmarks/results/score_throughput.json"
 DATA = ROOT.parent / "shared/data/gsm8k/example_model_solutions.jsonl"
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 LABELS = {
-    "a": "demur: target and 4 drafts, all measures",
+    "a": "demur: target and drafts, all measures",
     "b": "stock vLLM: target alone, prompt_logprobs=1",
     "a64": "demur on c's 64 tokens",
     "c": "stock vLLM: target alone, prompt_logprobs=-1",
@@ -75,35 +76,24 @@ def load_texts(data: Path, ensemble: Ensemble, questions: int) -> Texts:
 def flops_per_token(ensemble: Ensemble) -> dict[str, float]:
     """Multiply-adds counted as two operations; attention scores, norms and softmaxes left out."""
     config = ensemble.target_config
-
-    def layers(count: int) -> float:
-        head = config.head_dim
-        attention = (
-            config.hidden_size
-            * head
-            * 2
-            * (config.num_attention_heads + config.num_key_value_heads)
-        )
-        return 2.0 * count * (attention + 3 * config.hidden_size * config.intermediate_size)
-
-    head = 2.0 * config.hidden_size * config.vocab_size
-    own = sum(layers(member.config.num_hidden_layers) for member in ensemble.members)
-    trunk = layers(config.num_hidden_layers)
     return {
-        "target_layers": trunk,
-        "lm_head": head,
-        "drafts_layers": own,
-        "drafts_heads": head * len(ensemble.members),
+        "target_layers": 2 * layers_cost(config),
+        "lm_head": 2 * head_cost(config),
+        "drafts_layers": 2 * draft_layers_cost(ensemble),
+        "drafts_students": 2 * students_cost(ensemble),
+        "drafts_heads": 2 * draft_heads_cost(ensemble),
     }
 
 
 def flop_ratio(per_token: dict[str, float], texts: Texts) -> dict[str, float]:
-    """For these texts; the target's head runs on each token, the drafts' on response tokens."""
+    """For these texts; the target's head runs on each token, the drafts' heads and residual
+    students on response tokens."""
     tokens = sum(len(ids) for ids, _ in texts)
     response = sum(len(ids) - start for ids, start in texts)
     target = tokens * (per_token["target_layers"] + per_token["lm_head"])
-    drafts = tokens * per_token["drafts_layers"] + response * per_token["drafts_heads"]
-    everywhere = tokens * (per_token["drafts_layers"] + per_token["drafts_heads"])
+    late = per_token["drafts_students"] + per_token["drafts_heads"]
+    drafts = tokens * per_token["drafts_layers"] + response * late
+    everywhere = tokens * (per_token["drafts_layers"] + late)
     return {
         # What is done: drafts' heads on response tokens only.
         "ensemble_over_target": (target + drafts) / target,

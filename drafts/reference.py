@@ -52,6 +52,8 @@ class Reference:
             path: _build(member).to(device, dtype).eval() for path, member in checkpoints.items()
         }
         self.modules = [built[member.path] for member in ensemble.members]
+        head_Vd = self.target.get_output_embeddings().weight.detach()
+        self.directions = {path: head_Vd @ built[path].basis for path in ensemble.students()}
         self.draws = {path: draws for path, (_, draws) in ensemble.students().items()}
 
     @torch.inference_mode()
@@ -76,8 +78,8 @@ class Reference:
             else:
                 if member.path not in moved:
                     taps = [states[layer][0] for layer in member.config.taps]
-                    logits_TV, directions_Vr = F.linear(h_Td, head_Vd), head_Vd @ module.basis
-                    draws = self.draws[member.path]
+                    logits_TV = F.linear(h_Td, head_Vd)
+                    draws, directions_Vr = self.draws[member.path], self.directions[member.path]
                     found = module(h_Td, taps, logits_TV, directions_Vr, draws)
                     moved[member.path] = dict(zip(draws, found, strict=True))
                 drafts.append((moved[member.path][draft.draw], head_Vd))

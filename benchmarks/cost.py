@@ -1,10 +1,10 @@
-"""Multiply-adds for one token, in units of the target's; attention scores and norms left out."""
+"""Multiply-adds for one token; attention scores, norms and softmaxes left out."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from drafts.manifest import Ensemble, ExitDraft, ResidualDraft
+from drafts.manifest import Ensemble, ModelDraft, ResidualDraft
 from drafts.residual import LOCAL_TOKENS, N_CONFIDENCE, ResidualConfig
 
 
@@ -29,18 +29,32 @@ def unit(config: Any) -> float:
 
 
 def ensemble_cost(ensemble: Ensemble) -> tuple[float, float]:
-    """Of all drafts without LM heads, and of their LM heads."""
-    target = ensemble.target_config
-    own, heads = 0.0, 0.0
-    for member in ensemble.members:
-        if isinstance(member.draft, ResidualDraft):
-            heads += head_cost(target)
-        else:
-            own += layers_cost(member.config)
-            heads += head_cost(target if isinstance(member.draft, ExitDraft) else member.config)
-    for config, draws in ensemble.students().values():
-        own += student_cost(config, len(draws))
-    return own / unit(target), heads / unit(target)
+    """Of all drafts without LM heads, and of their LM heads, in units of the target's."""
+    own = draft_layers_cost(ensemble) + students_cost(ensemble)
+    whole = unit(ensemble.target_config)
+    return own / whole, draft_heads_cost(ensemble) / whole
+
+
+def draft_layers_cost(ensemble: Ensemble) -> float:
+    """Multiply-adds of the layers of `model` and `exit` drafts."""
+    drafts = [m for m in ensemble.members if not isinstance(m.draft, ResidualDraft)]
+    return sum(layers_cost(member.config) for member in drafts)
+
+
+def students_cost(ensemble: Ensemble) -> float:
+    """Multiply-adds of residual students, and of what they read of the target's distribution."""
+    confidence = 2 * ensemble.vocab_size
+    return sum(
+        student_cost(config, len(draws)) + confidence
+        for config, draws in ensemble.students().values()
+    )
+
+
+def draft_heads_cost(ensemble: Ensemble) -> float:
+    """Multiply-adds of the drafts' LM heads."""
+    own = [member.config for member in ensemble.members if isinstance(member.draft, ModelDraft)]
+    shared = len(ensemble.members) - len(own)
+    return shared * head_cost(ensemble.target_config) + sum(head_cost(config) for config in own)
 
 
 def student_cost(config: ResidualConfig, draws: int) -> float:
