@@ -5,18 +5,20 @@
     store.fetch(store.current(), into)                # an ensemble folder again, hashes checked
     store.rollback()
 
-    <root>/versions/<name>/...           the version's files
+    <root>/versions/<name>/...           the version's files, each with its SHA-256 in its name
     <root>/versions/<name>/version.json  written last: names every file with its SHA-256
     <root>/current                       the name of the current version
 
 A version exists once its `version.json` does, and `current` is replaced in one write, so no reader
-sees half of either: not on a disk, and not in a bucket, where a folder cannot be renamed.
+sees half of either: not on a disk, and not in a bucket, where a folder cannot be renamed. Two that
+publish one name at once do not write over each other's files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -26,10 +28,11 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from drafts.errors import StoreError
-from drafts.manifest import MANIFEST_NAME, load_ensemble, read_manifest
+from drafts.manifest import load_ensemble, read_manifest
 from drafts.weights import check_shapes
 
 _VERSION = "version.json"
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 class Version(BaseModel):
@@ -37,7 +40,7 @@ class Version(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the weights_version")
+    name: str = Field(pattern=_NAME.pattern, description="the weights_version")
     parent: str | None = Field(description="the version that it was trained from or replaced")
     created: float = Field(description="seconds since 1970")
     about: dict[str, Any] = Field(description="data, configuration, metrics")
@@ -69,14 +72,20 @@ class DraftsStore:
                 "hub id or absolute path"
             )
         name = ensemble.manifest.weights_version
+        if not _NAME.fullmatch(name):
+            raise StoreError(
+                f"weights_version {name!r}: a version's name is of letters, digits, dots, dashes "
+                "and underscores"
+            )
         if self._fs.exists(self._at(name, _VERSION)):
             raise StoreError(f"version {name} exists already; give the new one a name of its own")
         digests = {}
         for file in sorted(path for path in ensemble.folder.rglob("*") if path.is_file()):
             relative = file.relative_to(ensemble.folder).as_posix()
             digests[relative] = _digest(file)
-            self._fs.makedirs(self._parent(self._at(name, relative)), exist_ok=True)
-            self._fs.put_file(str(file), self._at(name, relative))
+            place = self._at(name, f"{relative}.{digests[relative]}")
+            self._fs.makedirs(self._parent(place), exist_ok=True)
+            self._fs.put_file(str(file), place)
         version = Version(
             name=name, parent=self._current(), created=time.time(), about=about, files=digests
         )
@@ -127,33 +136,43 @@ class DraftsStore:
         return version
 
     def fetch(self, version: Version, into: Path) -> Path:
-        """Copy a version to `into/<name>` on this machine, if it is not there yet.
+        """Copy a version to `into/<name>` on this machine, if it is not there as published.
 
         Raises:
             StoreError: naming the file that is missing or not what was published.
         """
         folder = into / version.name
-        if (folder / MANIFEST_NAME).exists():
+        if _holds(folder, version):
             return folder
         partial = into / f"{version.name}.{os.getpid()}.partial"
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self._copy(version, partial)
+            read_manifest(partial)
+            if folder.exists() and not _holds(folder, version):
+                shutil.rmtree(folder)
+            if not folder.exists():
+                partial.rename(folder)
+        except OSError:
+            if not _holds(folder, version):  # it was no other reader that was faster
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return folder
+
+    def _copy(self, version: Version, partial: Path) -> None:
+        """All files of a version, each checked."""
         for relative, digest in version.files.items():
             target = (partial / relative).resolve()
             if not target.is_relative_to(partial.resolve()):
                 raise StoreError(f"version {version.name}: {relative} leads out of its folder")
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._fs.get_file(self._at(version.name, relative), str(target))
+                self._fs.get_file(self._at(version.name, f"{relative}.{digest}"), str(target))
             except FileNotFoundError:
                 raise StoreError(f"version {version.name}: {relative} is missing") from None
             if _digest(target) != digest:
                 raise StoreError(f"version {version.name}: {relative} is not what was published")
-        read_manifest(partial)
-        try:
-            partial.rename(folder)
-        except OSError:  # another reader was faster
-            shutil.rmtree(partial)
-        return folder
 
     def _current(self) -> str | None:
         try:
@@ -177,6 +196,14 @@ class DraftsStore:
             partial.replace(path)
         else:
             self._fs.pipe_file(path, text.encode())
+
+
+def _holds(folder: Path, version: Version) -> bool:
+    """Whether all of a version's files are in a folder, as they were published."""
+    return all(
+        (folder / relative).is_file() and _digest(folder / relative) == digest
+        for relative, digest in version.files.items()
+    )
 
 
 def _digest(file: Path) -> str:

@@ -29,10 +29,12 @@ class RunLog:
         self.write = write
         if not write:
             return
-        with self.file.open("w", newline="") as lines:
+        partial = self.file.with_suffix(".partial")
+        with partial.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, _COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
+        partial.replace(self.file)
 
     def add(
         self,
@@ -76,7 +78,7 @@ class RunLog:
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
         steps = [(int(row["step"]), float(row["loss"])) for row in self.rows if row["loss"]]
         left.plot(*zip(*steps, strict=True), linewidth=0.8)
-        left.set(xlabel="step", ylabel="loss, nats")
+        left.set(xlabel="step", ylabel="loss")
         measured = self.measured()
         for name in Agreement._fields:
             values = [getattr(agreement, name) for _, agreement in measured]

@@ -49,7 +49,7 @@ class Trainee(Protocol):
     def module(self) -> nn.Module: ...
 
     def loss(self, lesson: Lesson) -> Tensor:
-        """What a step minimises, in nats a token."""
+        """What a step minimises, a mean over tokens."""
         ...
 
     def drafts(self, batch: Batch, clean: Clean) -> list[Student]:

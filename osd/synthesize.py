@@ -93,13 +93,20 @@ async def synthesize(
             bar.update(len(chunk))
 
     with tqdm(total=len(prompts), desc="synthesize", unit="text") as bar:
-        async with asyncio.TaskGroup() as group:
-            for part, start in enumerate(range(0, len(prompts), size)):
-                chunk = prompts[start : start + size]
-                if part in corpus:
-                    bar.update(len(chunk))
-                else:
-                    group.create_task(make(part, chunk))
+        tasks = []
+        for part, start in enumerate(range(0, len(prompts), size)):
+            chunk = prompts[start : start + size]
+            if part in corpus:
+                bar.update(len(chunk))
+            else:
+                tasks.append(asyncio.create_task(make(part, chunk)))
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            # If one part failed, the engine may be dead: none of the others goes on.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     return written
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from cost import head_cost, layers_cost, student_cost
 from eu_compare import Estimate, best_scale, rmse_ratio, row, scaled
+from eu_estimators import first_drafts
 from eu_kept import kept
+from eu_rmse import checked
 from eu_table import write_tables
 
+from drafts.manifest import load_ensemble
 from drafts.residual import ResidualConfig
+from tests.tiny import edit_manifest, mixed_ensemble
 
 RNG = np.random.default_rng(0)
 TRUTH = [RNG.gamma(1.0, 0.2, size=30) for _ in range(60)]
@@ -128,3 +134,40 @@ def test_the_page_says_what_the_result_says(tmp_path: Path) -> None:
     assert "60 texts, 1800 tokens" in page
     assert "| exit | 0.5000 | 0.2500 | 0.0000 | 0.1250 |" in page
     assert "| 1.0 0.1 | 0.1" in page
+
+
+def test_goals_are_checked_against_what_was_measured() -> None:
+    good, bad = noisy(1.0, 0.05, 3), noisy(0.5, 0.01, 4)
+    estimates = [good, bad]
+    rows = [row(estimate, TRUTH) for estimate in estimates]
+    goals: list[dict[str, Any]] = [
+        {"name": "ratio", "row": good.name, "over": bad.name, "at_most": 0.5},
+        # At its best scale the rival has hardly an error left.
+        {"name": "scaled", "row": good.name, "over": bad.name, "scaled": True, "at_most": 1.0},
+        {"name": "rank", "row": good.name, "number": "spearman", "at_least": 0.999},
+        {"name": "cost", "row": good.name, "number": "flops", "at_most": 0.1},
+    ]
+    found = checked(goals, estimates, rows, TRUTH)
+    assert [goal["holds"] for goal in found] == [True, False, False, True]
+    assert [goal["bound"] for goal in found] == [0.5, 1.0, 0.999, 0.1]
+    error = np.sqrt(np.mean(np.concatenate(TRUTH) ** 2))  # of a rival that says twice EU*
+    assert found[0]["value"][0] == pytest.approx(0.05 / error, rel=0.1)
+    assert found[3]["value"] == [0.0]
+
+
+def test_the_first_drafts_are_one_of_each_student(tmp_path: Path) -> None:
+    folder = mixed_ensemble(tmp_path / "ensemble")
+    entries = [
+        {"name": f"draft_{a}{b}", "kind": "residual", "source": f"student_{a}", "draw": draw}
+        for a in "ab"
+        for b, draw in (("a", 0), ("b", 1), ("c", 2))
+    ]
+    for letter in "ab":
+        shutil.copytree(folder / "student", folder / f"student_{letter}")
+    edit_manifest(folder, drafts=entries)
+    ensemble = load_ensemble(folder)
+    for count, names in ((2, "aa ba"), (4, "aa ba ab bb"), (6, "aa ba ab bb ac bc")):
+        chosen = first_drafts(ensemble, count)
+        expected = [f"draft_{name}" for name in names.split()]
+        assert [member.draft.name for member in chosen.members] == expected
+        assert [draws for _, draws in chosen.students().values()] == [list(range(count // 2))] * 2

@@ -53,8 +53,16 @@ def test_versions_come_back_as_they_were_published(
     for mine, theirs in zip(got.members, expected.members, strict=True):
         a, b = read_member(mine), read_member(theirs)
         assert all(bool((a[name] == b[name]).all()) for name in b)
-    # A second fetch reads nothing.
+    # A second fetch copies nothing; what was altered meanwhile is copied again.
+    file = fetched / "exit_a/model.safetensors"
+    before = file.stat().st_mtime_ns
     assert DraftsStore(root).fetch(store.current(), tmp_path / "cache") == fetched
+    assert file.stat().st_mtime_ns == before
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert DraftsStore(root).fetch(store.current(), tmp_path / "cache") == fetched
+    assert file.read_bytes() == content
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["v3"]
 
 
 def test_rollback_goes_to_the_parent(root: str, ensembles: list[Path]) -> None:
@@ -101,7 +109,8 @@ def test_what_was_altered_is_refused_by_name(
 ) -> None:
     store = DraftsStore(root)
     version = store.publish(ensembles[0], about={})
-    path = store._at("v1", "exit_b/model.safetensors")
+    relative = "exit_b/model.safetensors"
+    path = store._at("v1", f"{relative}.{version.files[relative]}")
     content = store._fs.cat_file(path)
     store._fs.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(StoreError, match=r"exit_b/model\.safetensors is not what was published"):
@@ -109,7 +118,7 @@ def test_what_was_altered_is_refused_by_name(
     store._fs.rm(path)
     with pytest.raises(StoreError, match=r"exit_b/model\.safetensors is missing"):
         store.fetch(version, tmp_path / "cache")
-    assert not (tmp_path / "cache/v1").exists()
+    assert list((tmp_path / "cache").iterdir()) == []
     evil = version.model_copy(update={"files": {"../../outside": "0" * 64}})
     with pytest.raises(StoreError, match="leads out of its folder"):
         store.fetch(evil, tmp_path / "cache")
@@ -122,6 +131,10 @@ def test_what_cannot_be_served_is_not_published(
     store.publish(ensembles[0], about={})
     with pytest.raises(StoreError, match="v1 exists already"):
         store.publish(ensembles[0], about={})
+    named = shutil.copytree(ensembles[1], tmp_path / "named")
+    edit_manifest(named, weights_version="../../elsewhere")
+    with pytest.raises(StoreError, match=r"'\.\./\.\./elsewhere': a version's name"):
+        store.publish(named, about={})
     broken = shutil.copytree(ensembles[1], tmp_path / "broken")
     (broken / "exit_a/model.safetensors").unlink()
     with pytest.raises(WeightsError, match="exit_a"):
