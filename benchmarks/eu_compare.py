@@ -20,14 +20,14 @@ class Estimate:
     """An estimator's values on the response tokens of each text, and what they cost.
 
     Costs are beyond the target's own pass, in units of it: `flops` without LM-head products,
-    `head_flops` those, `time` what was measured.
+    `head_flops` those, `time` what was measured (None: it was not).
     """
 
     name: str
     values: list[Floats]
     flops: float = 0.0
     head_flops: float = 0.0
-    time: float = 0.0
+    time: float | None = 0.0
 
 
 def row(estimate: Estimate, truth: list[Floats]) -> dict[str, Any]:

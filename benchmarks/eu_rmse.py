@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import eu_estimators
+import eu_served
 import yaml
 from eu_compare import Estimate, Floats, rmse_ratio, row, scaled
 from eu_kept import kept
@@ -35,6 +36,7 @@ from eu_plots import plot_cost, plot_scatter, plot_training
 from eu_reference import described, load, machine, reference_of
 from eu_table import line, write_tables
 
+from drafts.init import default_folder
 from drafts.manifest import load_ensemble
 from osd.corpus import Corpus, Text
 from osd.log import read_measured
@@ -119,6 +121,11 @@ def estimated(
             file = folder / f"{whole.manifest.weights_version}{entry.get('student', '')}-{count}"
             name = entry["name"]
             found += kept(file, partial(eu_estimators.of_ensemble, name, teacher, ensemble, texts))
+    served = load_ensemble(default_folder())
+    found += kept(
+        folder / f"served-{served.manifest.weights_version}",
+        lambda: eu_served.served("the default as served", default_folder(), texts),
+    )
     file = Path(plan["probe"]).expanduser()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     return found + kept(

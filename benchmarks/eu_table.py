@@ -41,7 +41,8 @@ def write_tables(result: dict[str, Any], file: Path) -> None:
             numbers += [f"{row['bias'][0]:+.3f}"]
             numbers += [interval(row[key]) for key in ("pearson", "spearman")]
             cost = f"{row['flops']:.3f} + {row['head_flops']:.2f}"
-            cells = [row["name"], *numbers, cost, f"{row['time']:.2f}"]
+            time = "" if row["time"] is None else f"{row['time']:.2f}"
+            cells = [row["name"], *numbers, cost, time]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Training", "", "![held-out KL and JSD](eu_training.png)", ""]
     lines += [
