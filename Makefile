@@ -73,7 +73,7 @@ drafts: setup
 		--max-new-tokens 200 --per-part 64 --out $(HOME)/.cache/demur/corpus
 	@$(BIN)/demur distill benchmarks/drafts/residual.yaml
 	@$(BIN)/demur distill benchmarks/drafts/exit.yaml
-	@for kind in residual exit; do $(BIN)/python -m drafts.shipped \
+	@for kind in residual exit; do $(BIN)/python -m drafts.shipped --draws 1 \
 		$(HOME)/.cache/demur/runs/$$kind/ensemble drafts/trained/$$kind || exit 1; done
 
 openapi: setup

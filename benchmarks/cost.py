@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from drafts.manifest import Ensemble, ModelDraft, ResidualDraft
-from drafts.residual import LOCAL_TOKENS, N_CONFIDENCE, ResidualConfig
+from drafts.residual import LOCAL_STEPS, LOCAL_TOKENS, N_CONFIDENCE, ResidualConfig
 
 
 def layers_cost(config: Any) -> float:
@@ -58,9 +58,10 @@ def draft_heads_cost(ensemble: Ensemble) -> float:
 
 
 def student_cost(config: ResidualConfig, draws: int) -> float:
-    """Of one residual student: the network, its draws, and their scale (`local_scale`)."""
+    """Of one residual student: the network, its draws, and their scale (`draw_scale`)."""
     inputs = config.hidden_size * (1 + len(config.taps)) + N_CONFIDENCE
-    network = inputs * config.width + config.width * config.rank * (config.factors + 2)
+    network = inputs * config.width + config.width * (config.rank * (config.factors + 2) + 1)
     drawn = draws * config.rank * (config.factors + config.hidden_size)
-    scale = LOCAL_TOKENS * config.rank * (config.factors + 3 + draws)
+    # Changes of the likeliest tokens' logits, and of those some sums at each step of Newton's.
+    scale = LOCAL_TOKENS * draws * (config.rank + 4 * LOCAL_STEPS) if config.scaled else 0
     return float(network + drawn + scale)

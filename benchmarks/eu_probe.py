@@ -21,8 +21,6 @@ from tqdm import tqdm
 
 from drafts.residual import N_CONFIDENCE
 from osd.config import ResidualDrafts, read_config
-from osd.objectives import sampled_eu
-from osd.precision import bfloat16_products
 from osd.states import Clean, KeptStates
 from osd.teacher import Batch, collate
 from osd.trainer import Run
@@ -75,10 +73,7 @@ def main() -> None:
     for group in tqdm(groups, desc="EU* of the draws", unit="batch"):
         batch = collate(group, config.max_tokens)
         clean = run.states.clean(group, batch)
-        draws = range(run.states.draws)
-        shown = torch.stack([run.states.draw(group, batch, draw, 0) for draw in draws])
-        with bfloat16_products():
-            targets.append(sampled_eu(shown, run.teacher.head_Vd))
+        targets.append(run.states.eu(group, batch))
         features.append(inputs(clean, batch).bfloat16())
     x_TX, y_T = torch.cat(features), torch.cat(targets)
     torch.manual_seed(config.seed)

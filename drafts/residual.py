@@ -5,7 +5,8 @@
 W is the target's LM head, h its final hidden state, x = h, a few inner hidden states ("taps") and
 four numbers that say how sure p is (`confidence`, which no small network finds from h by itself), B
 a fixed basis of r directions, and z_k, eps_k ~ N(0, I) are drawn once per draft and kept with the
-weights; s(x), `local_scale`, makes a few draws as long as many are on average.
+weights. A few draws are at each token now longer, now shorter than draws are on average: s(x)
+scales them so that their mean KL(q_k || p) is the student's own estimate of it (`draw_scale`).
 
 This is Gaussian distillation (deep latent factor model, arXiv 2510.19290, section 3) carried from a
 process over V logits to one over d numbers, since logits are linear in h. One student gives any
@@ -30,9 +31,10 @@ from drafts.errors import ManifestError
 
 CONFIG_NAME = "config.json"
 N_CONFIDENCE = 4
-LOCAL_TOKENS = 64
-_LOCAL_ROWS = 128  # whose directions are gathered at once
-_LONGEST = 1.5
+LOCAL_TOKENS = 256
+LOCAL_STEPS = 5
+_LOCAL_ROWS = 64  # whose directions are gathered at once
+_LONGEST, _SHORTEST = 2.0, -20.0  # greatest scale of draws; ln of the least
 _TINY = 1e-12
 
 
@@ -50,6 +52,9 @@ class ResidualConfig(BaseModel):
     factors: int = Field(gt=0, description="q, dimension of z")
     width: int = Field(gt=0, description="hidden units of the head")
     draws: int = Field(gt=0, description="(z, eps) pairs kept with the weights")
+    scaled: bool = Field(
+        default=True, description="draws are scaled to the student's estimate of mean KL(q_k || p)"
+    )
 
     @classmethod
     def read(cls, folder: Path) -> ResidualConfig:
@@ -77,11 +82,13 @@ def confidence(logits_TV: Tensor) -> Tensor:
 
 
 class Moves(NamedTuple):
-    """The distribution of moves m of T tokens: means [T, r], factors [T, r, q], scales [T, r]."""
+    """The distribution of moves m of T tokens: means [T, r], factors [T, r, q], scales [T, r]; and
+    the mean KL(q_k || p) that draws are brought to, nats [T], if they are."""
 
     mu_Tr: Tensor
     phi_Trq: Tensor
     sigma_Tr: Tensor
+    kl_T: Tensor | None = None
 
     def at(self, z_Kq: Tensor, eps_Kr: Tensor) -> Tensor:
         """mu + Phi z + sigma * eps at K draws, [K, T, r]."""
@@ -90,37 +97,49 @@ class Moves(NamedTuple):
         )
 
 
-def local_scale(
-    moves: Moves, drawn_KTr: Tensor, directions_Vr: Tensor, logits_TV: Tensor
-) -> Tensor:
-    """What the K draws of each token are to be multiplied with, [T], so that few serve as many do.
+def draw_scale(drawn_KTr: Tensor, kl_T: Tensor, directions_Vr: Tensor, logits_TV: Tensor) -> Tensor:
+    """The factor s [T] with which mean_k KL(q_k || p) of moves s m_k is `kl_T`; at most 2.
 
-    A small move m changes p by KL = 1/2 Var_p(A m), A = directions: only a few combinations of its
-    r coordinates count, other ones at each token, and in those a handful of draws is now long, now
-    short. The scale brings the draws' mean of that variance to its expectation over all draws. Both
-    are taken over p's likeliest tokens; a fourth of the expectation is added to both, and no draws
-    are lengthened by more than half: what is short among the likeliest tokens may be long among the
-    others, and KL grows faster than by the square there.
+    Along a ray, KL grows with s (its slope is s Var_q of the change of logits), from 1/2 s^2 Var_p
+    on, and so does the mean: Newton's method in log s. All taken over p's likeliest tokens, as if
+    there were no others.
     """
-    scales = []
-    for start in range(0, len(logits_TV), _LOCAL_ROWS):
-        block = slice(start, start + _LOCAL_ROWS)
-        mu, phi, sigma = (part[block] for part in moves)
-        top, tokens = logits_TV[block].float().topk(min(LOCAL_TOKENS, logits_TV.shape[-1]), -1)
-        p = torch.softmax(top, -1)
-        a_Tnr = directions_Vr[tokens].float()
-        a_Tnr = a_Tnr - (p.unsqueeze(-2) @ a_Tnr)
-        variances = (
-            (a_Tnr @ mu.unsqueeze(-1)).squeeze(-1).square()
-            + (a_Tnr @ phi).square().sum(-1)
-            + (a_Tnr.square() @ sigma.square().unsqueeze(-1)).squeeze(-1)
-        )
-        expected = (p * variances).sum(-1)
-        shifts_TKn = drawn_KTr[:, block].transpose(0, 1) @ a_Tnr.transpose(1, 2)
-        found = (p.unsqueeze(1) * shifts_TKn.square()).sum(-1).mean(-1)
-        room = 0.25 * expected + _TINY
-        scales.append(((expected + room) / (found + room)).sqrt().clamp(max=_LONGEST))
-    return torch.cat(scales)
+    return torch.cat(
+        [
+            _scale_block(drawn_KTr[:, rows], kl_T[rows], directions_Vr, logits_TV[rows])
+            for rows in (
+                slice(start, start + _LOCAL_ROWS) for start in range(0, len(logits_TV), _LOCAL_ROWS)
+            )
+        ]
+    )
+
+
+def _scale_block(
+    drawn_KTr: Tensor, kl_T: Tensor, directions_Vr: Tensor, logits_TV: Tensor
+) -> Tensor:
+    top_Tn, tokens = logits_TV.float().topk(min(LOCAL_TOKENS, logits_TV.shape[-1]), -1)
+    logp_T1n = torch.log_softmax(top_Tn, -1).unsqueeze(1)
+    shift_TKn = drawn_KTr.transpose(0, 1) @ directions_Vr[tokens].float().transpose(1, 2)
+
+    def mean_kl(s_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean KL, and its derivative by log s."""
+        logq_TKn = torch.log_softmax(logp_T1n + s_T[:, None, None] * shift_TKn, -1)
+        q_TKn = logq_TKn.exp()
+        mean_TK1 = (q_TKn * shift_TKn).sum(-1, keepdim=True)
+        variance_TK = (q_TKn * (shift_TKn - mean_TK1).square()).sum(-1)
+        kl_TK = (q_TKn * (logq_TKn - logp_T1n)).sum(-1)
+        return kl_TK.mean(-1).clamp_min(_TINY), s_T.square() * variance_TK.mean(-1)
+
+    ones = torch.ones_like(kl_T)
+    _, curvature = mean_kl(0 * ones + 1e-3)
+    log_s = 0.5 * (2 * kl_T * 1e-6 / (curvature + _TINY)).clamp_min(_TINY).log()
+    bound = math.log(_LONGEST)
+    log_s = log_s.clamp(_SHORTEST, bound)
+    for _ in range(LOCAL_STEPS):
+        found, slope = mean_kl(log_s.exp())
+        step = (kl_T.clamp_min(_TINY).log() - found.log()) * found / slope.clamp_min(_TINY)
+        log_s = (log_s + step.clamp(-1, 1)).clamp(_SHORTEST, bound)
+    return log_s.exp()
 
 
 class ResidualHead(nn.Module):
@@ -137,6 +156,8 @@ class ResidualHead(nn.Module):
         outputs = config.rank * (config.factors + 2)
         self.up = nn.Linear(inputs + N_CONFIDENCE, config.width)
         self.down = nn.Linear(config.width, outputs)
+        if config.scaled:
+            self.divergence = nn.Linear(config.width, 1)
         self.register_buffer("basis", torch.empty(config.hidden_size, config.rank))
         self.register_buffer("z", torch.empty(config.draws, config.factors))
         self.register_buffer("eps", torch.empty(config.draws, config.rank))
@@ -147,6 +168,9 @@ class ResidualHead(nn.Module):
         for linear in (self.up, self.down):
             nn.init.normal_(linear.weight, std=scale, generator=generator)
             nn.init.zeros_(linear.bias)
+        if self.config.scaled:
+            nn.init.zeros_(self.divergence.weight)
+            nn.init.constant_(self.divergence.bias, -1.8)  # softplus of it is 0.15 nats
         basis = torch.randn(self.basis.shape, generator=generator)
         self.basis.copy_(torch.linalg.qr(basis).Q)
         for draws in (self.z, self.eps):
@@ -168,11 +192,15 @@ class ResidualHead(nn.Module):
         # Hidden states differ in scale by orders of magnitude between layers, hence the norms.
         states = [F.rms_norm(state.float(), state.shape[-1:]) for state in (h_Td, *taps)]
         x = torch.cat([*states, confidence_T4.float()], dim=-1).to(self.up.weight.dtype)
-        out = self.down(F.silu(self.up(x))).float()
+        hidden = F.silu(self.up(x))
+        out = self.down(hidden).float()
         mu, rest = out.split([self.config.rank, out.shape[-1] - self.config.rank], dim=-1)
         raw_sigma, phi = rest.split([self.config.rank, rest.shape[-1] - self.config.rank], dim=-1)
         shape = (-1, self.config.rank, self.config.factors)
-        return Moves(mu, phi.reshape(shape), F.softplus(raw_sigma))
+        kl_T = None
+        if self.config.scaled:
+            kl_T = F.softplus(self.divergence(hidden).float()).squeeze(-1)
+        return Moves(mu, phi.reshape(shape), F.softplus(raw_sigma), kl_T)
 
     def drawn(
         self, moves: Moves, directions_Vr: Tensor, logits_TV: Tensor, draws: list[int]
@@ -186,7 +214,9 @@ class ResidualHead(nn.Module):
             draws: which; they are scaled for being so many.
         """
         drawn_KTr = moves.at(self.z[draws].float(), self.eps[draws].float())
-        return drawn_KTr * local_scale(moves, drawn_KTr, directions_Vr, logits_TV).unsqueeze(-1)
+        if moves.kl_T is None:
+            return drawn_KTr
+        return drawn_KTr * draw_scale(drawn_KTr, moves.kl_T, directions_Vr, logits_TV).unsqueeze(-1)
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 """Distilled drafts in a form that travels, to be put beside a target that every machine has.
 
-    python -m drafts.shipped ~/.cache/demur/runs/residual/ensemble drafts/trained/residual
+    python -m drafts.shipped ~/.cache/demur/runs/residual/ensemble drafts/trained/residual --draws 1
     python -m drafts.shipped ~/.cache/demur/runs/exit/ensemble drafts/trained/exit --rank 16
 
 `residual` students travel whole, in bfloat16; `exit` drafts as low-rank differences from the layers
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from drafts.exits import apply_delta, copy_exit, split_delta
-from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, load_ensemble
+from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, ResidualDraft, load_ensemble
 
 SHIPPED = Path(__file__).with_name("trained")
 
@@ -44,11 +45,20 @@ def add_shipped(shipped: Path, folder: Path) -> None:
     shutil.copy(shipped / MANIFEST_NAME, folder)
 
 
-def ship(ensemble: Ensemble, out: Path, rank: int, name: str) -> None:
-    """Write the shipped form of an ensemble's drafts, in place of what is there."""
+def ship(ensemble: Ensemble, out: Path, rank: int, name: str, draws: int | None = None) -> None:
+    """Write the shipped form of an ensemble's drafts, in place of what is there.
+
+    Args:
+        rank: of the differences of `exit` drafts.
+        name: of the ensemble.
+        draws: how many of a residual student's draws the manifest lists, if not all; the weights
+            hold the others too.
+    """
     shutil.rmtree(out, ignore_errors=True)
     entries = []
     for member in ensemble.members:
+        if isinstance(member.draft, ResidualDraft) and member.draft.draw >= (draws or math.inf):
+            continue
         folder = out / member.path.name
         entry = member.draft.model_dump(exclude_none=True) | {"source": folder.name}
         entries.append(entry)
@@ -82,10 +92,12 @@ def main() -> None:
     parser.add_argument("ensemble", type=Path)
     parser.add_argument("out", type=Path, help="folder of the shipped form")
     parser.add_argument("--rank", type=int, default=16, help="of the differences")
+    parser.add_argument("--draws", type=int, help="listed of each residual student; default: all")
     parser.add_argument("--name", default="smollm2-135m-instruct")
     arguments = parser.parse_args()
     out = arguments.out
-    ship(load_ensemble(arguments.ensemble), out, arguments.rank, arguments.name)
+    ensemble = load_ensemble(arguments.ensemble)
+    ship(ensemble, out, arguments.rank, arguments.name, arguments.draws)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     print(f"{out}: {size / 2**20:.1f} MiB")
 

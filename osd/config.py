@@ -47,8 +47,8 @@ class ResidualDrafts(_Strict):
     match: float = Field(
         default=0.0,
         ge=0,
-        description="weight of the agreement of the drafts' mean KL(q_k || p) with EU* as the "
-        "step's draws show it",
+        description="weight of a student's own estimate of EU*, which its drafts are scaled to; "
+        "0: they are not scaled",
     )
 
     @model_validator(mode="after")

@@ -95,7 +95,7 @@ def latent_factor_nll(moves: Moves, m_MTr: Tensor, group_T: Tensor | None = None
         group_T: tokens with the same number (0 to G - 1) share one z, as those of one draw of the
             weights do in the model of arXiv 2510.19290; None gives each token its own.
     """
-    mu, phi, sigma = moves
+    mu, phi, sigma, _ = moves
     n_tokens, rank, n_factors = phi.shape
     scaled_TMr = ((m_MTr - mu) / sigma).transpose(0, 1)
     n_draws = scaled_TMr.shape[1]
@@ -113,45 +113,6 @@ def latent_factor_nll(moves: Moves, m_MTr: Tensor, group_T: Tensor | None = None
     squares = (scaled_TMr.square().sum() - white.square().sum()) / n_draws
     total: Tensor = squares + log_det + 2 * sigma.log().sum()
     return 0.5 * (total / n_tokens + rank * math.log(2 * math.pi))
-
-
-def mean_kl(moves_KTr: Tensor, directions_Vr: Tensor, logp_TV: Tensor) -> Tensor:
-    """(1/K) sum_k KL(q_k || p) of each token, in nats [T], q_k = softmax(log p + A m_k).
-
-    What the service answers as epistemic uncertainty; differentiable in the moves m_k, of which
-    A [V, r] makes moves of logits.
-    """
-    values: Tensor = _MeanKL.apply(moves_KTr, directions_Vr, logp_TV)  # type: ignore[no-untyped-call]
-    return values
-
-
-class _MeanKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, moves_KTr: Tensor, directions_Vr: Tensor, logp_TV: Tensor) -> Tensor:
-        n_drafts, _, rank = moves_KTr.shape
-        grads, values = torch.empty_like(moves_KTr), []
-        size = max(1, 2 * _ROWS // n_drafts)
-        for start in range(0, moves_KTr.shape[1], size):
-            block = slice(start, start + size)
-            logp_BV = logp_TV[block]
-            # All drafts in one product: the other factor is large, and few rows are read with it.
-            moved = moves_KTr[:, block].reshape(-1, rank) @ directions_Vr.T
-            logq_KBV = torch.log_softmax(moved.view(n_drafts, *logp_BV.shape).add_(logp_BV), -1)
-            q_KBV = logq_KBV.exp()
-            ratio_KBV = logq_KBV.sub_(logp_BV)
-            kl_KB = torch.linalg.vecdot(q_KBV, ratio_KBV)
-            values.append(kl_KB.mean(0))
-            # d KL / d logits = q (log q/p - KL)
-            grad_KBV = ratio_KBV.sub_(kl_KB.unsqueeze(-1)).mul_(q_KBV)
-            grad = grad_KBV.flatten(0, 1) @ directions_Vr
-            grads[:, block] = grad.view(n_drafts, -1, rank)
-        ctx.save_for_backward(grads.div_(n_drafts))
-        return torch.cat(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_T,), (grad_KTr,) = grads, ctx.saved_tensors
-        return grad_KTr * grad_T.unsqueeze(-1), None, None
 
 
 @torch.no_grad()

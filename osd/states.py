@@ -47,6 +47,10 @@ class States(Protocol):
         """
         ...
 
+    def eu(self, texts: Sequence[Text], batch: Batch) -> Tensor | None:
+        """EU* of the rows [T] as all kept draws show it; None if none are kept."""
+        ...
+
 
 class FreshStates:
     """A forward pass each time, and so a fresh draw each step."""
@@ -62,6 +66,9 @@ class FreshStates:
 
     def draw(self, texts: Sequence[Text], batch: Batch, visit: int, seed: int) -> Tensor:
         return self.teacher.draw(batch, seed)
+
+    def eu(self, texts: Sequence[Text], batch: Batch) -> Tensor | None:
+        return None
 
 
 class KeptStates:
@@ -106,6 +113,9 @@ class KeptStates:
         }
         names = ["final", *(f"layer-{layer}" for layer in self.layers), "confidence"]
         names += [f"draw-{draw}" for draw in range(draws)]
+        self._eu = f"eu-{draws}"
+        if draws > 1:
+            names.append(self._eu)
         for number, group in enumerate(tqdm(groups, desc="states of the target", unit="batch")):
             missing = [name for name in names if not self._file(number, name).exists()]
             if missing:
@@ -124,6 +134,9 @@ class KeptStates:
 
     def draw(self, texts: Sequence[Text], batch: Batch, visit: int, seed: int) -> Tensor:
         return torch.cat(self._read(texts, f"draw-{visit % self.draws}")).float()
+
+    def eu(self, texts: Sequence[Text], batch: Batch) -> Tensor | None:
+        return torch.cat(self._read(texts, self._eu)) if self.draws > 1 else None
 
     def _read(self, texts: Sequence[Text], name: str) -> list[Tensor]:
         parts = []
@@ -163,6 +176,9 @@ class KeptStates:
             if name.startswith("draw-"):
                 theta = derived_seed(seed, "draw", number, name)
                 self._write(number, name, batch.by_text(teacher.draw(batch, theta).to(dtype)))
+        if self._eu in names:
+            shown = [torch.cat(self._read(texts, f"draw-{draw}")) for draw in range(self.draws)]
+            self._write(number, self._eu, batch.by_text(teacher.sampled_eu(torch.stack(shown))))
 
     def _write(self, number: int, name: str, parts: list[Tensor]) -> None:
         file = self._file(number, name)

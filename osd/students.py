@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from drafts.residual import Moves, ResidualConfig, ResidualHead
+from drafts.residual import ResidualConfig, ResidualHead
 from osd.config import ExitDrafts, ModelDrafts, ResidualDrafts
 from osd.objectives import (
     MoveBasis,
@@ -25,7 +25,6 @@ from osd.objectives import (
     eu_mismatch,
     forward_kl,
     latent_factor_nll,
-    mean_kl,
     sampled_eu,
 )
 from osd.precision import bfloat16_products
@@ -40,6 +39,7 @@ class Lesson(NamedTuple):
     clean: Clean
     teacher_MTd: Tensor  # final states of M teachers
     chosen: Tensor  # rows on which divergences over the vocabulary are taken
+    eu_T: Tensor | None = None  # EU* of all rows as draws show it, where that is kept
 
 
 class Trainee(Protocol):
@@ -83,6 +83,7 @@ class ResidualStudent:
             factors=config.factors,
             width=config.width,
             draws=config.draws,
+            scaled=config.match > 0,
         )
         generator = torch.Generator().manual_seed(seed)
         self.head = ResidualHead(shape).initialise(generator)
@@ -102,28 +103,20 @@ class ResidualStudent:
         return self._directions[1]
 
     def loss(self, lesson: Lesson) -> Tensor:
-        batch, clean, teacher_MTd, chosen = lesson
+        batch, clean, teacher_MTd, chosen, eu_T = lesson
         h = clean.h_Td
         moves = self.head.moves(h, self._taps(batch, clean), clean.confidence_T4)
         group = batch.text_T if self.config.shared_z else None
         m_MTr = (teacher_MTd - h) @ self.module.into_dr
         loss = latent_factor_nll(moves, m_MTr, group) / self.config.rank
-        if self.config.match:
-            shown = Moves(*(part[chosen] for part in moves))
-            loss = loss + self.config.match * self._mismatch(
-                shown, h[chosen], teacher_MTd[:, chosen]
-            )
-        return loss
-
-    def _mismatch(self, moves: Moves, h_Td: Tensor, teacher_MTd: Tensor) -> Tensor:
-        """How far the service's answer from this student's drafts is from EU*."""
-        with bfloat16_products(self.dtype == torch.bfloat16):
-            eu_T = sampled_eu(teacher_MTd, self.head_Vd)
-            logp_TV = torch.log_softmax(F.linear(h_Td, self.head_Vd), -1)
-        draws = list(range(self.config.draws))
-        drawn_KTr = self.head.drawn(moves, self.directions(), logp_TV, draws)
-        with bfloat16_products(self.dtype == torch.bfloat16):
-            return eu_mismatch(mean_kl(drawn_KTr, self.directions(), logp_TV), eu_T)
+        if moves.kl_T is None:
+            return loss
+        estimate_T = moves.kl_T
+        if eu_T is None:
+            with bfloat16_products(self.dtype == torch.bfloat16):
+                eu_T = sampled_eu(teacher_MTd[:, chosen], self.head_Vd)
+            estimate_T = estimate_T[chosen]
+        return loss + self.config.match * eu_mismatch(estimate_T, eu_T)
 
     def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
         taps, draws = self._taps(batch, clean), list(range(self.config.draws))

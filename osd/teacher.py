@@ -17,6 +17,7 @@ from torch import Tensor
 
 from drafts.residual import confidence
 from osd.corpus import Text
+from osd.objectives import sampled_eu
 from osd.posterior import WeightPosterior
 from osd.precision import bfloat16_products
 
@@ -89,6 +90,12 @@ class Teacher:
     def confidence(self, h_Td: Tensor) -> Tensor:
         """`drafts.residual.confidence` [T, 4] of the target's logits."""
         return torch.cat([confidence(self.logits(block)) for block in torch.split(h_Td, _ROWS)])
+
+    @torch.no_grad()
+    def sampled_eu(self, members_MTd: Tensor) -> Tensor:
+        """EU* of each token [T] as M draws show it: noisy, and corrected for M."""
+        with bfloat16_products(self.model.dtype == torch.bfloat16):
+            return sampled_eu(members_MTd.float(), self.head_Vd)
 
     @torch.no_grad()
     def states(self, batch: Batch, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:

@@ -201,7 +201,8 @@ class Run:
             )
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "rows", number, index))
         chosen = torch.randperm(len(clean.h_Td), generator=generator)[: config.loss_tokens]
-        return Lesson(batch, clean, teachers, chosen.to(clean.h_Td.device))
+        eu_T = self.states.eu(texts, batch) if getattr(config.drafts, "match", 0) else None
+        return Lesson(batch, clean, teachers, chosen.to(clean.h_Td.device), eu_T)
 
     def _diverged(self, number: int) -> OsdError:
         return OsdError(

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafts.divergence import measures
 from drafts.residual import Moves
 from osd.objectives import (
     Student,
@@ -19,7 +18,6 @@ from osd.objectives import (
     forward_kl,
     gamma_deviance,
     latent_factor_nll,
-    mean_kl,
     move_basis,
     sampled_eu,
 )
@@ -102,25 +100,6 @@ def test_one_draw_a_step_is_unbiased_within_its_noise() -> None:
     assert bool(((stacked.mean(0) - expected[0]).abs() < 4.5 * error).all())
 
 
-@given(n=st.integers(1, 40), k=st.integers(1, 5), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
-def test_mean_kl_of_moves_is_what_the_service_answers(n: int, k: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(50, 4, generator=generator)
-    moves = torch.randn(k, n, 4, generator=generator).requires_grad_()
-    logp = torch.log_softmax(2 * torch.randn(n, 50, generator=generator), -1)
-    weights = torch.randn(n, generator=generator)
-    got = mean_kl(moves, directions, logp)
-    logq = torch.log_softmax(logp + moves @ directions.T, -1)
-    expected = (logq.exp() * (logq - logp)).sum(-1).mean(0)
-    assert torch.allclose(got, expected, atol=1e-5)
-    assert torch.allclose(got.detach(), measures(logq.detach(), logp).epistemic, atol=1e-5)
-    wanted, have = (
-        torch.autograd.grad((weights * value).sum(), moves)[0] for value in (expected, got)
-    )
-    assert torch.allclose(have, wanted, atol=1e-5)
-
-
 def test_eu_from_few_draws_is_right_on_average() -> None:
     generator = torch.Generator().manual_seed(3)
     head = torch.randn(20, 5, generator=generator)
@@ -165,7 +144,7 @@ def test_the_gamma_deviance_is_least_at_the_expectation() -> None:
 
 def dense_nll(moves: Moves, m: torch.Tensor) -> torch.Tensor:
     total = torch.zeros(())
-    for mu, phi, sigma, row in zip(*moves, m, strict=True):
+    for mu, phi, sigma, row in zip(*moves[:3], m, strict=True):
         covariance = phi @ phi.T + torch.diag(sigma**2)
         total = total - torch.distributions.MultivariateNormal(mu, covariance).log_prob(row)
     return total / len(m)

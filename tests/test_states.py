@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from drafts.divergence import jsd
 from osd.corpus import Text
 from osd.posterior import PosteriorConfig, WeightPosterior
 from osd.states import FreshStates, KeptStates
@@ -38,6 +39,22 @@ def some_texts(count: int = 21) -> list[Text]:
 def kept(teacher: Teacher, texts: list[Text], folder: Path, **changes: Any) -> KeptStates:
     values: dict[str, Any] = {"layers": LAYERS, "draws": 2, "max_tokens": MAX_TOKENS, "seed": 0}
     return KeptStates(teacher, texts, folder=folder, **(values | changes))
+
+
+def test_kept_eu_is_that_of_the_kept_draws(teacher: Teacher, tmp_path: Path) -> None:
+    texts = some_texts()
+    states = kept(teacher, texts, tmp_path, draws=3)
+    chosen = [texts[3], texts[17], texts[0]]
+    batch = collate(chosen, MAX_TOKENS)
+    shown = torch.stack([states.draw(chosen, batch, draw, 0) for draw in range(3)])
+    got = states.eu(chosen, batch)
+    assert got is not None
+    logits = shown @ teacher.head_Vd.T
+    expected = jsd(torch.log_softmax(logits, -1)) * 3 / 2
+    narrow = teacher.model.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, atol=1e-2 if narrow else 1e-5, rtol=0.02)
+    assert kept(teacher, texts, tmp_path, draws=1).eu(chosen, batch) is None
+    assert FreshStates(teacher, LAYERS).eu(chosen, batch) is None
 
 
 def test_they_are_what_a_forward_pass_gives(teacher: Teacher, tmp_path: Path) -> None:
