@@ -103,9 +103,12 @@ def test_costs_are_those_of_the_weights() -> None:
     assert layers_cost(smollm2) == 30 * (576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536)
     assert head_cost(smollm2) == 576 * 49152
     config = ResidualConfig(hidden_size=8, taps=[2, 3], rank=3, factors=2, width=5, draws=4)
-    network = (3 * 8 + 4) * 5 + 5 * (3 + 3 + 3 * 2)
-    per_draw = 3 * 2 + 3 * 8 + 64 * 3
-    assert student_cost(config, 4) == network + 4 * per_draw + 64 * 3 * (1 + 2 + 2)
+    network = (3 * 8 + 4) * 5 + 5 * (3 + 3 + 3 * 2 + 1)
+    per_draw = 3 * 2 + 3 * 8
+    scale = 256 * (3 + 5 * 4)  # of each draw
+    assert student_cost(config, 4) == network + 4 * (per_draw + scale)
+    plain = config.model_copy(update={"scaled": False})
+    assert student_cost(plain, 4) == network + 4 * per_draw
 
 
 def test_the_page_says_what_the_result_says(tmp_path: Path) -> None:
