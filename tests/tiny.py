@@ -114,7 +114,7 @@ def perturb(folder: Path, seed: int, scale: float = 0.3) -> None:
     torch.manual_seed(seed)
     weights = {
         # Constant tensors (norms of ones, biases of zero) get noise as well.
-        name: tensor + scale * max(float(tensor.std()), 0.1) * torch.randn_like(tensor)
+        name: tensor + scale * max(float(tensor.std(correction=0)), 0.1) * torch.randn_like(tensor)
         for name, tensor in load_file(file).items()
     }
     save_file(weights, file, metadata={"format": "pt"})
