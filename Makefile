@@ -66,7 +66,7 @@ lock: setup
 		--no-emit-package torch --no-emit-package demur --no-emit-package demur-server \
 		--no-header --no-annotate --quiet --output-file requirements/cpu.txt
 
-# The drafts that ship, from nothing: an hour and a half on two cores. Goes on where it stopped.
+# Distils the default target's residual and exit drafts. Goes on where it stopped.
 DATA ?= ../shared/data
 drafts: setup
 	@$(BIN)/demur synthesize --prompts $(DATA)/gsm8k/train.jsonl --limit 900 --general \

@@ -34,7 +34,8 @@ N_CONFIDENCE = 4
 LOCAL_TOKENS = 256
 LOCAL_STEPS = 5
 _LOCAL_ROWS = 64  # whose directions are gathered at once
-_LONGEST, _SHORTEST = 2.0, -20.0  # greatest scale of draws; ln of the least
+_SMALL = 1e-3  # a scale at which KL is of second order
+_LOG_SCALES = (-20.0, math.log(2.0))  # least and greatest
 _TINY = 1e-12
 
 
@@ -130,15 +131,14 @@ def _scale_block(
         kl_TK = (q_TKn * (logq_TKn - logp_T1n)).sum(-1)
         return kl_TK.mean(-1).clamp_min(_TINY), s_T.square() * variance_TK.mean(-1)
 
-    ones = torch.ones_like(kl_T)
-    _, curvature = mean_kl(0 * ones + 1e-3)
-    log_s = 0.5 * (2 * kl_T * 1e-6 / (curvature + _TINY)).clamp_min(_TINY).log()
-    bound = math.log(_LONGEST)
-    log_s = log_s.clamp(_SHORTEST, bound)
+    # To second order, KL is half its derivative by log s and grows as s^2: the first guess.
+    _, slope = mean_kl(torch.full_like(kl_T, _SMALL))
+    log_s = math.log(_SMALL) + 0.5 * ((2 * kl_T).clamp_min(_TINY) / (slope + _TINY)).log()
+    log_s = log_s.clamp(*_LOG_SCALES)
     for _ in range(LOCAL_STEPS):
         found, slope = mean_kl(log_s.exp())
         step = (kl_T.clamp_min(_TINY).log() - found.log()) * found / slope.clamp_min(_TINY)
-        log_s = (log_s + step.clamp(-1, 1)).clamp(_SHORTEST, bound)
+        log_s = (log_s + step.clamp(-1, 1)).clamp(*_LOG_SCALES)
     return log_s.exp()
 
 

@@ -4,7 +4,7 @@
     python -m drafts.shipped ~/.cache/demur/runs/exit/ensemble drafts/trained/exit --rank 16
 
 `residual` students travel whole, in bfloat16; `exit` drafts as low-rank differences from the layers
-that they started from. `drafts/trained/` holds those that come with this package.
+that they started from.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from drafts.exits import apply_delta, copy_exit, split_delta
 from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, ResidualDraft, load_ensemble
-
-SHIPPED = Path(__file__).with_name("trained")
 
 _DELTA_NAME = "delta.safetensors"
 
