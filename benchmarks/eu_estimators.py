@@ -27,9 +27,10 @@ from osd.precision import bfloat16_products
 from osd.schedule import derived_seed
 from osd.states import FreshStates
 from osd.teacher import Teacher, collate
+from osd.true_eu import TrueEU
 
 MAX_TOKENS = 512
-_ROWS = 16
+_LOGITS = 256  # rows of the vocabulary that are held at once, of all draws or drafts
 _TIMED = 10  # every tenth text is
 
 Value = TypeVar("Value")
@@ -39,6 +40,13 @@ def constant(truth: list[Floats]) -> Estimate:
     """The mean of EU*, for every token; that of each half of the texts is the other's."""
     means = [float(np.concatenate(truth[i::2]).mean()) for i in (1, 0)]
     return Estimate("constant", [np.full(len(eu), means[i % 2]) for i, eu in enumerate(truth)])
+
+
+def perfect(reference: list[TrueEU]) -> Estimate:
+    """KL(p_T || p) by the reference's own draws: what `jsd + kl` of drafts would be that are the
+    posterior mean exactly, and so all the same. No estimator; the end that distillation moves to.
+    """
+    return Estimate("KL(p_T ‖ p)", [eu.shift for eu in reference], time=None)
 
 
 def entropy(teacher: Teacher, texts: list[Text]) -> list[Estimate]:
@@ -88,7 +96,8 @@ def _sampled(
 
     def values_of(text: Text, chosen: Sequence[int]) -> list[Floats]:
         parts: list[list[Tensor]] = [[] for _ in chosen]
-        for block in torch.split(states(text, max(chosen)), _ROWS, dim=1):
+        states_MTd = states(text, max(chosen))
+        for block in torch.split(states_MTd, _LOGITS // max(chosen), dim=1):
             logits = teacher.logits(block.flatten(0, 1)).unflatten(0, block.shape[:2])
             for count, part in zip(chosen, parts, strict=True):
                 part.append(measures(logits[:count], logits[0]).jsd)
@@ -130,8 +139,9 @@ def of_ensemble(
         heads = [head for _, head in drafts]
         h_Td = h_Td[rows].float()
         parts: list[list[Tensor]] = [[] for _ in kinds]
-        for start in range(0, len(h_Td), _ROWS):
-            block = slice(start, start + _ROWS)
+        size = _LOGITS // len(drafts)
+        for start in range(0, len(h_Td), size):
+            block = slice(start, start + size)
             logits = _logits(teacher, states_KTd[:, block], heads)
             found = measures(logits, teacher.logits(h_Td[block]))
             for kind, part in zip(kinds, parts, strict=True):

@@ -1,14 +1,14 @@
 """How well do estimators estimate epistemic uncertainty? Against EU* of many posterior draws.
 
     python benchmarks/eu_texts.py --data ../shared/data
-    python benchmarks/eu_rmse.py --texts gsm8k-test --texts svamp --texts gsm8k-labelled
+    python benchmarks/eu_rmse.py
 
 Every estimator is compared with EU* on the same tokens of texts that no draft was trained on: root
 mean squared error, the same after the best single scale (fitted on the other half of the texts),
 bias, Pearson and Spearman correlation, with bootstrap intervals over texts. Trivial estimators
 stand in the table too: a constant, the target's entropy.
 
-Which ensembles are compared is said by benchmarks/eu_rmse.yaml; `demur distill` trains them, from
+Which texts and ensembles are compared is said by benchmarks/eu_rmse.yaml; `demur distill` trains them, from
 the configurations in benchmarks/drafts/. EU* and every estimator's values are kept beside the
 default ensemble, so that a run that was cut short goes on.
 
@@ -51,10 +51,9 @@ ESTIMATES = 1  # to be raised when the same drafts give other numbers: kept ones
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", action="append", help="corpora beside the default ensemble")
     parser.add_argument("--draws", type=int, default=64, help="M of the reference")
-    parser.add_argument("--limit", type=int, default=200, help="texts of each corpus")
-    parser.add_argument("--plan", type=Path, default=PLAN, help="which ensembles")
+    parser.add_argument("--limit", type=int, help="texts of each corpus, if not as planned")
+    parser.add_argument("--plan", type=Path, default=PLAN, help="which texts and ensembles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -66,14 +65,16 @@ def main() -> None:
     plan = yaml.safe_load(arguments.plan.read_text())
     teacher, root = load()
     tables, goals = {}, []
-    for name in arguments.texts or ["gsm8k-test", "svamp", "gsm8k-labelled"]:
+    for name, planned in plan["texts"].items():
+        limit = arguments.limit or planned
         reference, texts, label = reference_of(
-            teacher, root, name, arguments.draws, arguments.limit, arguments.seed
+            teacher, root, name, arguments.draws, limit, arguments.seed
         )
         truth = [eu.whole for eu in reference]
         values = root / "eu_estimates" / f"{label}-v{ESTIMATES}"
         estimates = estimated(teacher, texts, plan, arguments.seed, values)
-        estimates = [eu_estimators.constant(truth), *estimates]
+        trivial = [eu_estimators.constant(truth), eu_estimators.perfect(reference)]
+        estimates = [*trivial, *estimates]
         rows = [row(estimate, truth) for estimate in estimates]
         about = described(reference, arguments.draws) | {"corpus": Corpus(root / name).about}
         tables[name] = {"reference": about, "rows": rows}
