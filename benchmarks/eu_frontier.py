@@ -35,7 +35,7 @@ from osd.trainer import train
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "benchmarks/drafts"
 RESULT = ROOT / "benchmarks/results/eu_frontier.json"
-STEPS = 300
+STEPS, TEXTS = 300, 40
 BASE = "residual"
 RESIDUAL: dict[str, dict[str, Any]] = {
     BASE: {},
@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     teacher, root = load()
-    reference, texts, label = reference_of(teacher, root, "gsm8k-dev", 64, 200, 0)
+    reference, texts, label = reference_of(teacher, root, "gsm8k-dev", 64, TEXTS, 0)
     truth = [eu.whole for eu in reference]
     values = root / "eu_estimates" / f"{label}-v{ESTIMATES}"
     rows = [row(eu_estimators.constant(truth), truth)]

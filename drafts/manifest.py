@@ -3,7 +3,7 @@
     {
       "format": 1,
       "name": "smollm2-135m-instruct",
-      "weights_version": "exit-untrained-1",
+      "weights_version": "exit-1",
       "target": {"source": "target"},
       "drafts": [
         {"name": "draft_a", "kind": "exit", "source": "draft_a", "layer": 22},

@@ -4,7 +4,7 @@
     python -m drafts.shipped ~/.cache/demur/runs/exit/ensemble drafts/trained/exit --rank 16
 
 `residual` students travel whole, in bfloat16; `exit` drafts as low-rank differences from the layers
-that they started from.
+that they started from. `drafts/trained/` holds the default's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from drafts.exits import apply_delta, copy_exit, split_delta
 from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, ResidualDraft, load_ensemble
+from drafts.weights import open_to_readers
 
+SHIPPED = Path(__file__).with_name("trained")
 _DELTA_NAME = "delta.safetensors"
 
 
@@ -83,6 +85,7 @@ def ship(ensemble: Ensemble, out: Path, rank: int, name: str, draws: int | None 
         "drafts": entries,
     }
     (out / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+    open_to_readers(out)
 
 
 def main() -> None:

@@ -25,6 +25,16 @@ _INDEX_NAME = "model.safetensors.index.json"
 Shapes = dict[str, list[int]]
 
 
+def open_to_readers(folder: Path) -> None:
+    """Give weights in `folder` the mode of the configuration beside them.
+
+    safetensors writes files that only their owner can read, whatever the umask: a service with an
+    account of its own could not load what another trained.
+    """
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(file.with_name("config.json").stat().st_mode)
+
+
 def read_member(member: Member) -> dict[str, Tensor]:
     """All tensors of a draft, by checkpoint name, on the CPU.
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from drafts.init import write_manifest
 from drafts.manifest import load_ensemble, resolve_source
+from drafts.weights import open_to_readers
 from osd import checkpoint
 from osd.build import check_fits, load_teacher, new_students, shards, split
 from osd.config import DistillConfig
@@ -33,6 +34,7 @@ from osd.corpus import Corpus, Text
 from osd.errors import OsdError
 from osd.evaluate import Agreement, HeldOut
 from osd.log import RunLog, read_measured
+from osd.precision import bfloat16_products
 from osd.processes import Processes
 from osd.schedule import batch_at, batches_per_epoch, derived_seed, learning_rate
 from osd.states import FreshStates, KeptStates, States, fingerprint
@@ -214,7 +216,8 @@ class Run:
         """Measure the drafts on held-out texts."""
         self._share()
         if self.processes.is_main:
-            self.log.add(self.step, agreement=self.held_out.measure(self.students))
+            with bfloat16_products(self.teacher.model.dtype == torch.bfloat16):
+                self.log.add(self.step, agreement=self.held_out.measure(self.students))
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -257,6 +260,7 @@ class Run:
         target = str(local.resolve()) if local.is_dir() else target
         write_manifest(building, self.config.name, version, target, named, revision)
         load_ensemble(building)
+        open_to_readers(building)
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
 

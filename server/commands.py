@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,10 +15,14 @@ from drafts.init import default_folder, init_default
 
 def init(
     folder: Annotated[Path | None, typer.Argument(help="default: the user's cache folder")] = None,
+    drafts: Annotated[
+        Literal["residual", "exit"] | None,
+        typer.Option(help="residual: the default; exit: those of arXiv 2602.01956"),
+    ] = None,
 ) -> None:
     """Make the default ensemble on this machine."""
     try:
-        init_default(folder or default_folder(), typer.echo)
+        init_default(folder or default_folder(drafts or "residual"), typer.echo, drafts)
     except (DraftsError, OSError) as error:
         _fail(error)
 

@@ -76,12 +76,6 @@ def demo(
             f"{scores[0].model}, {estimator.drafts} drafts, weights {estimator.weights_version}",
             style="dim",
         )
-        if "untrained" in estimator.weights_version:
-            console.print(
-                "These drafts are copies of the target's last layers, not distilled: the engine's "
-                "numbers are exact, what they say about right and wrong is not to be trusted.",
-                style="dim",
-            )
     if svg is not None:
         picture = console.export_svg(title="make demo")
         # Without the fonts that it would fetch from elsewhere.

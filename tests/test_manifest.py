@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from drafts.errors import ManifestError, WeightsError
 from drafts.exits import copy_exit
 from drafts.init import default_folder, init_default, write_manifest
 from drafts.manifest import load_ensemble, read_manifest
+from drafts.shipped import SHIPPED, add_shipped
 from drafts.weights import check_shapes, read_member
 from tests.tiny import byte_level_tokenizer, edit_manifest, mixed_ensemble, save_lm, save_tokenizer
 
@@ -156,14 +156,8 @@ def test_a_hub_id_is_found_in_the_hubs_cache(
 def test_init_makes_the_default_once(tmp_path: Path) -> None:
     init_default(default_folder())
     ensemble = load_ensemble(default_folder())
-    assert [member.draft.kind for member in ensemble.members] == ["exit"] * 4
-    # They start as copies of the target's last layers.
-    target = load_file(ensemble.target_path / "model.safetensors")
-    for member in ensemble.members:
-        own = read_member(member)
-        assert own["model.layers.2.mlp.up_proj.weight"].equal(
-            target["model.layers.29.mlp.up_proj.weight"]
-        )
+    assert {member.draft.kind for member in ensemble.members} == {"residual"}
+    assert len(ensemble.students()) == 4  # one a shard
     before = (default_folder() / "demur.json").stat().st_mtime_ns
     init_default(default_folder())
     assert (default_folder() / "demur.json").stat().st_mtime_ns == before
@@ -174,6 +168,44 @@ def test_init_does_not_touch_what_it_did_not_make(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="not empty"):
         init_default(tmp_path)
     assert read_names(tmp_path) == ["thesis.txt"]
+
+
+def test_an_older_default_is_made_again(tmp_path: Path) -> None:
+    folder = mixed_ensemble(tmp_path / "ensemble")
+    edit_manifest(folder, weights_version="exit-untrained-1")
+    lines: list[str] = []
+    init_default(folder, lines.append)
+    assert "is of an earlier version" in lines[0]
+    ensemble = load_ensemble(folder)
+    shipped = read_manifest(SHIPPED / "residual")
+    assert ensemble.manifest == shipped
+    assert ensemble.target_config.num_hidden_layers == 30
+    assert read_names(tmp_path) == ["ensemble", "target-llama"]
+
+
+def test_init_does_not_pass_one_kind_of_drafts_off_as_another(tmp_path: Path) -> None:
+    folder = mixed_ensemble(tmp_path / "ensemble")
+    init_default(folder)
+    with pytest.raises(ManifestError, match="of exit and model and residual drafts; choose"):
+        init_default(folder, kind="exit")
+
+
+@pytest.mark.parametrize("kind", ["residual", "exit"])
+def test_the_drafts_that_ship_fit_the_default_target(tmp_path: Path, kind: str) -> None:
+    init_default(default_folder())
+    (tmp_path / "target").symlink_to(default_folder() / "target")
+    add_shipped(SHIPPED / kind, tmp_path)
+    ensemble = load_ensemble(tmp_path)
+    assert {member.draft.kind for member in ensemble.members} == {kind}
+    for member in ensemble.members:
+        check_shapes(member)
+        assert all(bool(tensor.isfinite().all()) for tensor in read_member(member).values())
+
+
+def test_what_ships_is_small() -> None:
+    files = list(SHIPPED.rglob("*.safetensors"))
+    assert len(files) == 8  # four students, four exits
+    assert sum(file.stat().st_size for file in files) < 32 * 2**20
 
 
 def read_names(folder: Path) -> list[str]:

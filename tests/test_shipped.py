@@ -48,6 +48,8 @@ def test_shipped_drafts_answer_as_those_they_were_made_of(tmp_path: Path) -> Non
     edit_manifest(folder, drafts=kept, target={"source": "target"})
     ensemble = load_ensemble(folder)
     ship(ensemble, tmp_path / "shipped", rank=64, name="tiny")
+    for weights in (tmp_path / "shipped").rglob("*.safetensors"):
+        assert weights.stat().st_mode == weights.with_name("config.json").stat().st_mode
     again = tmp_path / "again"
     again.mkdir()
     (again / "target").symlink_to(target)
