@@ -98,7 +98,7 @@ def shaped(name: str, changes: dict[str, Any], steps: int) -> DistillConfig:
     """One student of a shape, on all texts."""
     base = read_config(CONFIGS / ("exit.yaml" if name in EXIT else "residual.yaml"))
     drafts = base.drafts.model_dump() | {"students": 1} | changes
-    if name in RESIDUAL:
+    if name == BASE:
         drafts["draws"] = max(DRAWS)
     slug = name.replace(",", "").replace(" ", "-")
     values = base.model_dump() | {

@@ -77,7 +77,9 @@ def distill(
         _fail(error)
     if not PartialState().is_main_process:
         return
-    typer.echo(f"before: {result.before}\nafter:  {result.after}")
+    for when, measured in (("before", result.before), ("after", result.after)):
+        values = ", ".join(f"{name} {value:.4f}" for name, value in measured._asdict().items())
+        typer.echo(f"{when}, on held-out texts, in nats: {values}")
     typer.echo(f"serve it: demur serve --ensemble {result.ensemble}")
 
 
