@@ -28,6 +28,7 @@ class Estimate:
     flops: float = 0.0
     head_flops: float = 0.0
     time: float | None = 0.0
+    fitted: bool = False  # to the other half of the texts, so that no scale is left to fit
 
 
 def row(estimate: Estimate, truth: list[Floats]) -> dict[str, Any]:
@@ -49,6 +50,8 @@ def row(estimate: Estimate, truth: list[Floats]) -> dict[str, Any]:
 def scaled(estimate: Estimate, truth: list[Floats]) -> Estimate:
     """An estimate after the best single scale, that of each half of the texts fitted on the other:
     texts 0, 2, 4, ... and 1, 3, 5, ..."""
+    if estimate.fitted:
+        return estimate
     scales = [best_scale(estimate.values[i::2], truth[i::2]) for i in (1, 0)]
     values = [scales[place % 2] * values for place, values in enumerate(estimate.values)]
     return replace(estimate, values=values)

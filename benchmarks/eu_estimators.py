@@ -39,7 +39,8 @@ Value = TypeVar("Value")
 def constant(truth: list[Floats]) -> Estimate:
     """The mean of EU*, for every token; that of each half of the texts is the other's."""
     means = [float(np.concatenate(truth[i::2]).mean()) for i in (1, 0)]
-    return Estimate("constant", [np.full(len(eu), means[i % 2]) for i, eu in enumerate(truth)])
+    values = [np.full(len(eu), means[i % 2]) for i, eu in enumerate(truth)]
+    return Estimate("constant", values, fitted=True)
 
 
 def perfect(reference: list[TrueEU]) -> Estimate:
@@ -67,7 +68,7 @@ def posterior_samples(
                 drawn.append(states_of(teacher, text))
         return torch.stack(drawn)
 
-    found = _sampled("posterior samples", teacher, texts, counts, states)
+    found = _sampled("posterior samples", teacher, texts, counts, states, shared=0)
     for estimate, count in zip(found, counts, strict=True):
         estimate.values = [values * count / (count - 1) for values in estimate.values]
     return found
@@ -82,7 +83,7 @@ def tokur(teacher: Teacher, texts: list[Text], counts: Sequence[int], seed: int)
         drawn = tokur_states(teacher.model, teacher.posterior, ids, count, key)
         return drawn[:, rows_of(text)].float()
 
-    return _sampled("TokUR", teacher, texts, counts, states)
+    return _sampled("TokUR", teacher, texts, counts, states, shared=1)
 
 
 def _sampled(
@@ -91,8 +92,10 @@ def _sampled(
     texts: list[Text],
     counts: Sequence[int],
     states: Callable[[Text, int], Tensor],
+    shared: int,
 ) -> list[Estimate]:
-    """Mutual information of the first M samples, for each M."""
+    """Mutual information of the first M samples, for each M; `shared` of them are the target's own
+    pass, which is not counted."""
 
     def values_of(text: Text, chosen: Sequence[int]) -> list[Floats]:
         parts: list[list[Tensor]] = [[] for _ in chosen]
@@ -112,23 +115,20 @@ def _sampled(
         label = f"{name}, M = {count}"
         alone = partial(values_of, chosen=(count,))
         _, ratio = _timed(f"{label}, time", teacher, texts[:: 2 * _TIMED], alone, every=1)
-        # One of the M passes stands for the target's own.
         estimates.append(
             Estimate(
                 label,
                 [values[place] for values in found],
-                flops=(count - 1) * (1 - head),
-                head_flops=(count - 1) * head,
-                time=ratio - 1,
+                flops=(count - shared) * (1 - head),
+                head_flops=(count - shared) * head,
+                time=ratio - shared,
             )
         )
     return estimates
 
 
-def of_ensemble(
-    name: str, teacher: Teacher, ensemble: Ensemble, texts: list[Text]
-) -> list[Estimate]:
-    """jsd + kl of an ensemble, and each alone."""
+def of_ensemble(teacher: Teacher, ensemble: Ensemble, texts: list[Text]) -> list[Estimate]:
+    """jsd + kl of an ensemble, and each alone; `named` says whose and what they cost."""
     reference = Reference(ensemble, teacher.model.dtype, target=teacher.model)
     kinds = ("epistemic", "jsd", "kl")
 
@@ -148,14 +148,22 @@ def of_ensemble(
                 part.append(getattr(found, kind))
         return [torch.cat(part).double().numpy() for part in parts]
 
-    name = f"{name}, K = {len(ensemble.members)}"
-    found, ratio = _timed(name, teacher, texts, values_of)
-    flops, head_flops = ensemble_cost(ensemble)
+    found, ratio = _timed(f"K = {len(ensemble.members)}", teacher, texts, values_of)
     labels = ("jsd + kl", "jsd only", "kl only")
     return [
-        Estimate(f"{name}: {label}", [values[i] for values in found], flops, head_flops, ratio - 1)
+        Estimate(label, [values[i] for values in found], time=ratio - 1)
         for i, label in enumerate(labels)
         if len(ensemble.members) > 1 or label == "jsd + kl"
+    ]
+
+
+def named(name: str, ensemble: Ensemble, estimates: list[Estimate]) -> list[Estimate]:
+    """An ensemble's estimates under a name, with what its drafts cost."""
+    flops, head_flops = ensemble_cost(ensemble)
+    name = f"{name}, K = {len(ensemble.members)}"
+    return [
+        replace(one, name=f"{name}: {one.name}", flops=flops, head_flops=head_flops)
+        for one in estimates
     ]
 
 
@@ -169,20 +177,21 @@ def first_drafts(ensemble: Ensemble, count: int) -> Ensemble:
     return replace(ensemble, members=tuple(ensemble.members[place] for place in chosen))
 
 
-def probe(teacher: Teacher, texts: list[Text], file: Path) -> list[Estimate]:
-    """A network regressed onto EU* (benchmarks/eu_probe.py)."""
-    network = load_probe(file)
-    states = FreshStates(teacher, network.layers)
+def probe(name: str, teacher: Teacher, texts: list[Text], files: list[Path]) -> list[Estimate]:
+    """The mean of networks regressed onto EU* (benchmarks/eu_probe.py)."""
+    networks = [load_probe(file) for file in files]
+    states = FreshStates(teacher, networks[0].layers)
 
     def values_of(text: Text) -> Floats:
         batch = collate([text], MAX_TOKENS)
-        values: Tensor = network(inputs(states.clean([text], batch), batch))
+        x_TX = inputs(states.clean([text], batch), batch)
+        values: Tensor = torch.stack([network(x_TX) for network in networks]).mean(0)
         return values.double().numpy()
 
-    found, ratio = _timed("probe", teacher, texts, values_of)
-    weights = network.up.weight.numel() + network.down.weight.numel()
+    found, ratio = _timed(name, teacher, texts, values_of)
+    weights = sum(network.up.weight.numel() + network.down.weight.numel() for network in networks)
     flops = weights / unit(teacher.model.config)
-    return [Estimate("probe on EU*", found, flops, 0.0, ratio - 1)]
+    return [Estimate(name, found, flops, 0.0, ratio - 1)]
 
 
 def _timed(

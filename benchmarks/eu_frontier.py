@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ DRAWS = (1, 2, 4, 8, 16)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="of each student")
+    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    if arguments.out == RESULT and arguments.steps != STEPS:
+        parser.error("give --out too: docs/ and benchmarks/results/ hold the whole comparison")
+    pages = ROOT / "docs" if arguments.out == RESULT else arguments.out.parent
     logging.getLogger("transformers").setLevel(logging.ERROR)
     teacher, root = load()
     reference, texts, label = reference_of(teacher, root, "gsm8k-dev", 64, TEXTS, 0)
@@ -67,18 +72,16 @@ def main() -> None:
     rows = [row(eu_estimators.constant(truth), truth)]
     for name, changes in (RESIDUAL | EXIT).items():
         config = shaped(name, changes, arguments.steps)
-        if not (config.run / "ensemble").exists():
-            train(config)
+        train(config)  # goes on, or says that the run is of another configuration
         ensemble = load_ensemble(config.run / "ensemble")
         training = read_measured(config.run)[-1][1]
         counts = (1,) if name in EXIT else DRAWS if name == BASE else (4,)
         for count in counts:
             chosen = eu_estimators.first_drafts(ensemble, count)
             file = values / f"{ensemble.manifest.weights_version}-{count}"
-            found = kept(
-                file, lambda e=chosen, n=name: eu_estimators.of_ensemble(n, teacher, e, texts)
-            )
-            rows.append(row(found[0], truth) | {"held_out_kl": training.kl_drafts})
+            found = kept(file, partial(eu_estimators.of_ensemble, teacher, chosen, texts))
+            (whole, *_) = eu_estimators.named(name, chosen, found)
+            rows.append(row(whole, truth) | {"held_out_kl": training.kl_drafts})
             print(line(rows[-1]), flush=True)
     result = {
         "benchmark": "eu_frontier",
@@ -90,8 +93,9 @@ def main() -> None:
         "goals": [],
         "rows": rows,
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    write_table(result, ROOT / "docs/eu_frontier.md")
+    pages.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_table(result, pages / "eu_frontier.md")
 
 
 def shaped(name: str, changes: dict[str, Any], steps: int) -> DistillConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,6 @@ def write(file: Path, estimates: list[Estimate]) -> None:
     about = [{k: v for k, v in vars(one).items() if k != "values"} for one in estimates]
     arrays = {f"values_{i}": np.concatenate(one.values) for i, one in enumerate(estimates)}
     lengths = [len(values) for values in estimates[0].values]
-    partial = file.with_suffix(".partial.npz")
+    partial = file.with_suffix(f".{os.getpid()}.npz")
     np.savez(partial, about=json.dumps(about), lengths=lengths, **arrays)
     partial.rename(file)

@@ -4,7 +4,8 @@
 
 It reads what residual drafts read (the target's final and inner hidden states, and how sure the
 target is), on the same texts, and learns EU* as the same kept draws of the posterior show it, by
-least squares. Writes probe.safetensors into the folder of the runs.
+least squares, in as many passes over its texts as the default's students make. One sees all texts,
+four others a shard each, as those students do. Writes them into `probes/` beside the run.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from drafts.manifest import resolve_source
 from drafts.residual import N_CONFIDENCE
+from osd.build import load_teacher, shards, split
 from osd.config import ResidualDrafts, read_config
+from osd.corpus import Corpus, Text
+from osd.schedule import derived_seed
 from osd.states import Clean, KeptStates
 from osd.teacher import Batch, collate
-from osd.trainer import Run
 
-WIDTH, EPOCHS, ROWS, RATE = 512, 3, 512, 1e-3
+WIDTH, EPOCHS, ROWS, RATE = 512, 6, 512, 1e-3
 
 
 class Probe(nn.Module):
@@ -64,24 +68,49 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="of residual drafts, with draws_per_text")
     config = read_config(parser.parse_args().config)
     assert isinstance(config.drafts, ResidualDrafts)
-    run = Run(config)
-    assert isinstance(run.states, KeptStates)
-    out = config.run.parent / "probe.safetensors"
-    features, targets = [], []
-    texts = [text for shard in run.texts for text in shard]
-    groups = [texts[i : i + 8] for i in range(0, len(texts), 8)]
-    for group in tqdm(groups, desc="EU* of the draws", unit="batch"):
-        batch = collate(group, config.max_tokens)
-        clean = run.states.clean(group, batch)
-        targets.append(run.states.eu(group, batch))
-        features.append(inputs(clean, batch).bfloat16())
-    x_TX, y_T = torch.cat(features), torch.cat(targets)
-    torch.manual_seed(config.seed)
+    assert config.draws_per_text is not None
+    teacher = load_teacher(config, resolve_source(Path.cwd(), config.target, config.revision))
+    texts = Corpus(config.corpus).read(teacher.model.config.vocab_size)
+    usable = [text for text in texts if text.response_start < config.max_tokens]
+    _, training = split(usable, config.held_out)
     layers = config.drafts.layers
-    probe = Probe(run.teacher.head_Vd.shape[1], layers)
-    fit(probe, x_TX, y_T)
-    save_file(probe.state_dict() | {"layers": torch.tensor(layers)}, out)
-    print(f"wrote {out}")
+    states = KeptStates(
+        teacher,
+        training,
+        layers=layers,
+        draws=config.draws_per_text,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        folder=config.run.parent,
+    )
+    parts = [
+        shown(states, shard, config.max_tokens)
+        for shard in tqdm(shards(training, config.drafts.students), desc="states", unit="shard")
+    ]
+    everything = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    out = config.run.parent / "probes"
+    out.mkdir(exist_ok=True)
+    for name, (x_TX, y_T) in [
+        ("all", everything),
+        *((f"shard-{number}", part) for number, part in enumerate(parts)),
+    ]:
+        torch.manual_seed(derived_seed(config.seed, "probe", name))
+        probe = Probe(teacher.head_Vd.shape[1], layers)
+        fit(probe, x_TX, y_T)
+        file = out / f"{name}.safetensors"
+        save_file(probe.state_dict() | {"layers": torch.tensor(layers)}, file)
+        print(f"wrote {file}")
+
+
+def shown(states: KeptStates, texts: list[Text], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Inputs [T, X] and EU* as the kept draws show it [T], of all response tokens."""
+    features, targets = [], []
+    for start in range(0, len(texts), 8):
+        group = texts[start : start + 8]
+        batch = collate(group, max_tokens)
+        features.append(inputs(states.clean(group, batch), batch).bfloat16())
+        targets.append(states.eu(group, batch))
+    return torch.cat(features), torch.cat(targets)
 
 
 def fit(probe: Probe, x_TX: Tensor, y_T: Tensor) -> None:

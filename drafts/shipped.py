@@ -10,6 +10,7 @@ that they started from. `drafts/trained/` holds the default's.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -18,11 +19,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from drafts.errors import ManifestError
 from drafts.exits import apply_delta, copy_exit, split_delta
 from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, ResidualDraft, load_ensemble
 from drafts.weights import open_to_readers
 
 SHIPPED = Path(__file__).with_name("trained")
+TRAINING_NAME = "training.json"  # what the trainer says of how drafts were made
 _DELTA_NAME = "delta.safetensors"
 
 
@@ -46,14 +49,24 @@ def add_shipped(shipped: Path, folder: Path) -> None:
 
 
 def ship(ensemble: Ensemble, out: Path, rank: int, name: str, draws: int | None = None) -> None:
-    """Write the shipped form of an ensemble's drafts, in place of what is there.
+    """Write the shipped form of an ensemble's drafts, in place of an earlier one.
+
+    Their version is the ensemble's with a hash of what was written: these are other numbers.
 
     Args:
         rank: of the differences of `exit` drafts.
         name: of the ensemble.
         draws: how many of a residual student's draws the manifest lists, if not all; the weights
             hold the others too.
+
+    Raises:
+        ManifestError: if `out` holds something else.
     """
+    if out.exists() and not (out / MANIFEST_NAME).exists() and any(out.iterdir()):
+        raise ManifestError(f"{out} is not empty and holds no drafts; choose another folder")
+    place, out = out, out.with_name(f"{out.name}.partial")
+    if place.resolve() == ensemble.folder:
+        raise ManifestError(f"{place} is the ensemble itself; choose another folder")
     shutil.rmtree(out, ignore_errors=True)
     entries = []
     for member in ensemble.members:
@@ -77,15 +90,23 @@ def ship(ensemble: Ensemble, out: Path, rank: int, name: str, draws: int | None 
         else:
             narrow = {key: tensor.bfloat16() for key, tensor in weights.items()}
             save_file(narrow, folder / "model.safetensors")
+    digest = hashlib.sha256(json.dumps(entries).encode())
+    for file in sorted(out.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    trained = ensemble.manifest.weights_version.rpartition("-")[0] or name
     manifest = {
         "format": 1,
         "name": name,
-        "weights_version": ensemble.manifest.weights_version,
+        "weights_version": f"{trained}-{digest.hexdigest()[:8]}",
         "target": {"source": "target"},
         "drafts": entries,
     }
     (out / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+    if (ensemble.folder / TRAINING_NAME).exists():
+        shutil.copy(ensemble.folder / TRAINING_NAME, out)
     open_to_readers(out)
+    shutil.rmtree(place, ignore_errors=True)
+    out.rename(place)
 
 
 def main() -> None:

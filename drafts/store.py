@@ -71,6 +71,13 @@ class DraftsStore:
                 f"the target lies inside {folder}: a version holds drafts only; name the target by "
                 "hub id or absolute path"
             )
+        for member in ensemble.members:
+            pinned = member.draft.revision is not None  # of a hub id
+            if not pinned and not member.path.is_relative_to(ensemble.folder):
+                raise StoreError(
+                    f"the weights of '{member.draft.name}' lie outside {folder}, and a version "
+                    "holds what lies inside: move them there, or name a hub id with its revision"
+                )
         name = ensemble.manifest.weights_version
         if not _NAME.fullmatch(name):
             raise StoreError(

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from drafts.exits import copy_exit
-from drafts.manifest import resolve_source
+from drafts.manifest import (
+    ModelDraft,
+    check_hidden_states,
+    check_member,
+    resolve_source,
+    transformers_config,
+)
 from osd.config import DistillConfig, ExitDrafts, ModelDrafts, ResidualDrafts
 from osd.corpus import Text
 from osd.errors import ConfigError
@@ -19,7 +25,7 @@ from osd.posterior import WeightPosterior
 from osd.schedule import batch_at, derived_seed
 from osd.shards import shard_of
 from osd.states import States
-from osd.students import ExitStudent, ModelStudent, ResidualStudent, Trainee
+from osd.students import ExitStudent, ModelStudent, ResidualStudent, Trainee, places_of
 from osd.teacher import Teacher, collate
 
 
@@ -28,8 +34,11 @@ def check_fits(config: DistillConfig, target: Any) -> None:
 
     Raises:
         ConfigError: naming the field.
+        ManifestError: if the target is not one that such drafts can be served with.
     """
     depth, drafts = target.num_hidden_layers, config.drafts
+    if not isinstance(drafts, ModelDrafts):
+        check_hidden_states(f"drafts.kind: '{drafts.kind}'", target)
     # The state after the last layer is the final one, which drafts read anyway, normed.
     if beyond := [layer for layer in drafts.layers if layer >= depth]:
         field = "drafts.taps" if isinstance(drafts, ResidualDrafts) else "drafts.layer"
@@ -71,7 +80,10 @@ def load_teacher(config: DistillConfig, target: Path) -> Teacher:
     model = AutoModelForCausalLM.from_pretrained(
         target, dtype=getattr(torch, config.dtype), local_files_only=True
     ).to(config.device)
-    posterior = WeightPosterior(model, config.posterior, cache=config.run.parent / "svd")
+    try:
+        posterior = WeightPosterior(model, config.posterior, cache=config.run.parent / "svd")
+    except ValueError as error:
+        raise ConfigError(f"posterior: {error}") from error
     return Teacher(model, posterior)
 
 
@@ -83,9 +95,18 @@ def new_students(
     seeds = [derived_seed(config.seed, "student", number) for number in range(drafts.students)]
     if isinstance(drafts, ResidualDrafts):
         basis = _move_basis(config, drafts, teacher.head_Vd, states, texts)
-        return [ResidualStudent(drafts, teacher.head_Vd, basis, dtype, seed) for seed in seeds]
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, "places"))
+        places = places_of(drafts.students, drafts.draws, drafts.factors, drafts.rank, generator)
+        return [
+            ResidualStudent(drafts, teacher.head_Vd, basis, dtype, seed, place)
+            for seed, place in zip(seeds, places, strict=True)
+        ]
     if isinstance(drafts, ModelDrafts):
         source = resolve_source(Path.cwd(), drafts.source, drafts.revision)
+        draft = ModelDraft(
+            name="student", kind="model", source=drafts.source, revision=drafts.revision
+        )
+        check_member(draft, source, transformers_config(source), target, teacher.model.config)
         return [ModelStudent(drafts, source, teacher.head_Vd, dtype, seed) for seed in seeds]
     start = _exit_start(config, drafts, target)
     return [ExitStudent(drafts, start, teacher.head_Vd, dtype, seed) for seed in seeds]

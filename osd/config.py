@@ -150,6 +150,13 @@ class DistillConfig(_Strict):
             raise ValueError("residual drafts learn moves, and a clean teacher makes none")
         return self
 
+    @model_validator(mode="after")
+    def _a_step_shows_different_draws(self) -> DistillConfig:
+        shown = getattr(self.drafts, "teacher_draws", 1)
+        if self.draws_per_text is not None and self.draws_per_text < shown:
+            raise ValueError(f"draws_per_text: a step shows {shown} (drafts.teacher_draws)")
+        return self
+
 
 def read_config(file: Path) -> DistillConfig:
     """Parse a YAML file; paths in it are relative to the working folder.

@@ -38,10 +38,13 @@ def read_prompts(file: Path) -> Iterator[Messages]:
         ConfigError: naming the line that holds none.
     """
     try:
-        lines = file.read_text().splitlines()
+        # Not `splitlines`, which also cuts at separators that JSON's strings may hold.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:

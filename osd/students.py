@@ -31,6 +31,8 @@ from osd.precision import bfloat16_products
 from osd.states import Clean
 from osd.teacher import Batch
 
+_ROWS = 128  # whose logits are held at once
+
 
 class Lesson(NamedTuple):
     """What a step shows a student: T rows of a batch and what a teacher made of them."""
@@ -71,6 +73,7 @@ class ResidualStudent:
         basis: MoveBasis,
         dtype: torch.dtype,
         seed: int,
+        places: tuple[Tensor, Tensor],
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -87,7 +90,7 @@ class ResidualStudent:
         )
         generator = torch.Generator().manual_seed(seed)
         self.head = ResidualHead(shape).initialise(generator)
-        z, eps = quadrature(config.draws, config.factors, config.rank, generator)
+        z, eps = places
         with torch.no_grad():
             self.head.basis.copy_(basis.basis_dr)
             self.head.z.copy_(z)
@@ -120,8 +123,13 @@ class ResidualStudent:
 
     def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
         taps, draws = self._taps(batch, clean), list(range(self.config.draws))
-        logits_TV = F.linear(clean.h_Td, self.head_Vd)
-        moved = self.head(clean.h_Td, taps, logits_TV, self.directions(), draws)
+        blocks = []
+        for start in range(0, len(clean.h_Td), _ROWS):
+            rows = slice(start, start + _ROWS)
+            h, inner = clean.h_Td[rows], [tap[rows] for tap in taps]
+            logits_TV = F.linear(h, self.head_Vd)
+            blocks.append(self.head(h, inner, logits_TV, self.directions(), draws))
+        moved = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
         return [Student(state, self.head_Vd) for state in moved]
 
     def save(self, folder: Path) -> list[dict[str, object]]:
@@ -150,6 +158,17 @@ class _InCoordinates(nn.Module):
         super().__init__()
         self.head = head
         self.register_buffer("into_dr", into_dr)
+
+
+def places_of(
+    students: int, draws: int, factors: int, rank: int, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """z [draws, q] and eps [draws, r] of each student.
+
+    Dealt out in turn: one draw of each student, then a second, are in the order of `quadrature`.
+    """
+    z, eps = quadrature(students * draws, factors, rank, generator)
+    return [(z[number::students], eps[number::students]) for number in range(students)]
 
 
 def quadrature(

@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from drafts.init import write_manifest
-from drafts.manifest import load_ensemble, resolve_source
+from drafts.manifest import load_ensemble, read_target, resolve_source
+from drafts.shipped import TRAINING_NAME
 from drafts.weights import open_to_readers
 from osd import checkpoint
 from osd.build import check_fits, load_teacher, new_students, shards, split
@@ -85,9 +86,10 @@ class Run:
     def _prepare(self) -> None:
         config = self.config
         self.target_path = resolve_source(Path.cwd(), config.target, config.revision)
+        check_fits(config, read_target(self.target_path))
         self.teacher = load_teacher(config, self.target_path)
-        check_fits(config, self.teacher.model.config)
-        texts = Corpus(config.corpus).read(self.teacher.model.config.vocab_size)
+        self.corpus = Corpus(config.corpus)
+        texts = self.corpus.read(self.teacher.model.config.vocab_size)
         usable = [text for text in texts if text.response_start < config.max_tokens]
         held_out, training = split(usable, config.held_out)
         count = config.drafts.students
@@ -254,11 +256,17 @@ class Run:
         digest = hashlib.sha256()
         for file in sorted(building.rglob("*.safetensors")):
             digest.update(file.read_bytes())
-        version = f"{self.config.drafts.kind}-{self.step}-{digest.hexdigest()[:8]}"
-        target, revision = self.config.target, self.config.revision
-        local = Path(target).expanduser()
-        target = str(local.resolve()) if local.is_dir() else target
-        write_manifest(building, self.config.name, version, target, named, revision)
+        config = self.config
+        version = f"{config.drafts.kind}-{self.step}-{digest.hexdigest()[:8]}"
+        local = Path(config.target).expanduser()
+        target = str(local.resolve()) if local.is_dir() else config.target
+        write_manifest(building, config.name, version, target, named, config.revision)
+        training = {
+            "config": config.model_dump(mode="json", exclude={"run", "corpus", "device"}),
+            "corpus": self.corpus.about,
+            "held out": {step: measured._asdict() for step, measured in read_measured(config.run)},
+        }
+        (building / TRAINING_NAME).write_text(json.dumps(training, indent=1) + "\n")
         load_ensemble(building)
         open_to_readers(building)
         shutil.rmtree(folder, ignore_errors=True)

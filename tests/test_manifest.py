@@ -181,6 +181,16 @@ def test_an_older_default_is_made_again(tmp_path: Path) -> None:
     assert ensemble.manifest == shipped
     assert ensemble.target_config.num_hidden_layers == 30
     assert read_names(tmp_path) == ["ensemble", "target-llama"]
+    # As if this package had been upgraded since; then, as if somebody had put other drafts there.
+    marker = folder / "made-by-demur-init"
+    assert marker.read_text() == f"residual {shipped.weights_version}"
+    marker.write_text("residual residual-1")
+    edit_manifest(folder, weights_version="residual-2")
+    init_default(folder, lines.append)
+    assert read_manifest(folder).weights_version == "residual-2"
+    edit_manifest(folder, weights_version="residual-1")
+    init_default(folder, lines.append)
+    assert read_manifest(folder) == shipped
 
 
 def test_init_does_not_pass_one_kind_of_drafts_off_as_another(tmp_path: Path) -> None:

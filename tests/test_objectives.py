@@ -22,7 +22,7 @@ from osd.objectives import (
     sampled_eu,
 )
 from osd.shards import conversation_key, shard_of
-from osd.students import quadrature
+from osd.students import places_of, quadrature
 
 
 def plain_kl(
@@ -243,6 +243,17 @@ def test_few_drafts_are_placed_with_exact_moments() -> None:
         z, eps = quadrature(draws, 4, 10, torch.Generator().manual_seed(0))
         assert z.shape == (draws, 4)
         assert eps.shape == (draws, 10)
+
+
+def test_drafts_of_several_students_are_placed_together() -> None:
+    places = places_of(4, 2, 4, 10, torch.Generator().manual_seed(0))
+    assert [tuple(z.shape) for z, _ in places] == [(2, 4)] * 4
+    for draws in (1, 2):  # of each student
+        z = torch.cat([z[:draws] for z, _ in places])
+        eps = torch.cat([eps[:draws] for _, eps in places])
+        assert torch.allclose(z.mean(0), torch.zeros(4), atol=1e-6)
+        assert torch.allclose(eps.mean(0), torch.zeros(10))
+        assert int(torch.linalg.matrix_rank(z)) == 2 * draws
 
 
 def test_shards_are_stable_disjoint_and_balanced() -> None:

@@ -17,11 +17,14 @@ def test_files_of_several_forms(tmp_path: Path) -> None:
         '{"input": "How few?", "target": 1.0}\n'
         '{"messages": [{"role": "system", "content": "Be brief."}, '
         '{"role": "user", "content": "Hi"}]}\n'
+        '\n{"prompt": "two\u2028lines"}\n',
+        encoding="utf-8",
     )
     got = list(read_prompts(file))
     assert got[0] == [{"role": "user", "content": "How many?"}]
     assert got[1] == [{"role": "user", "content": "How few?"}]
     assert [turn["role"] for turn in got[2]] == ["system", "user"]
+    assert got[3:] == [[{"role": "user", "content": "two\u2028lines"}]]
 
 
 @pytest.mark.parametrize(

@@ -144,4 +144,10 @@ def test_what_cannot_be_served_is_not_published(
     edit_manifest(inside, target={"source": "target"})
     with pytest.raises(StoreError, match="the target lies inside"):
         store.publish(inside, about={})
+    apart = shutil.copytree(ensembles[1], tmp_path / "apart")
+    entries = [entry.model_dump() for entry in load_ensemble(apart).manifest.drafts]
+    entries[0]["source"] = str(ensembles[0] / entries[0]["source"])
+    edit_manifest(apart, drafts=entries)
+    with pytest.raises(StoreError, match=f"'{entries[0]['name']}' lie outside"):
+        store.publish(apart, about={})
     assert [version.name for version in store.versions()] == ["v1"]

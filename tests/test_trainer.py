@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from drafts.errors import ManifestError
 from drafts.manifest import load_ensemble
 from drafts.reference import Reference
 from osd.build import shards, split
@@ -28,7 +29,8 @@ from osd.errors import CheckpointError, ConfigError, CorpusError, OsdError
 from osd.log import read_measured
 from osd.posterior import PosteriorConfig
 from osd.schedule import batch_at, learning_rate
-from osd.trainer import train
+from osd.teacher import collate
+from osd.trainer import Run, train
 from tests.tiny import save_lm
 
 RESIDUAL = {
@@ -145,7 +147,42 @@ def test_exit_drafts_come_nearer_to_the_posterior_mean(
         assert trained.keys() == start.keys()
         assert any(not torch.equal(trained[name], start[name]) for name in trained)
     scores = Reference(load_ensemble(result.ensemble)).score([3, 5, 7, 9, 11], 2)
-    assert scores.jsd.min() > 0  # each learned from a shard of its own
+    assert scores.jsd.min() > 0
+    made = json.loads((result.ensemble / "training.json").read_text())
+    assert made["config"]["drafts"]["layer"] == 2
+    assert made["corpus"] == {"target": "tiny"}
+    assert made["held out"]["40"]["kl_drafts"] == pytest.approx(result.after.kl_drafts, rel=1e-4)
+    assert str(tmp_path / "run") not in json.dumps(made)
+
+
+def test_plain_distillation_comes_nearer_to_the_target(
+    target: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """KD: the target as it is teaches, on all texts; what layers left out did is learned."""
+    drafts = EXIT | {"layer": 1}
+    config = configured(
+        target, corpus, tmp_path / "run", drafts=drafts, steps=40, teacher="clean", diverse=False
+    )
+    result = train(config)
+    assert result.after.epistemic < 0.9 * result.before.epistemic
+
+
+def test_the_arms_differ_in_texts_and_in_teachers(
+    target: Path, corpus: Path, tmp_path: Path
+) -> None:
+    def run(name: str, **changes: Any) -> Run:
+        return Run(configured(target, corpus, tmp_path / name, drafts=EXIT, **changes))
+
+    diverse, same = run("diverse"), run("same", diverse=False, teacher="clean")
+    first, second = diverse.texts
+    assert min(len(first), len(second)) > 0
+    assert not {text.key for text in first} & {text.key for text in second}
+    assert same.texts[0] == same.texts[1]
+    assert sorted(text.key for text in [*first, *second]) == sorted(t.key for t in same.texts[0])
+    for trained, moved in ((diverse, True), (same, False)):
+        texts = trained.texts[0][:2]
+        lesson = trained._lesson(0, 0, texts, collate(texts, 512))
+        assert bool((lesson.teacher_MTd[0] - lesson.clean.h_Td).abs().max() > 1e-3) is moved
 
 
 def test_model_drafts_come_nearer_to_the_posterior_mean(
@@ -293,6 +330,12 @@ def test_unknown_and_wrong_fields_are_refused_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="a clean teacher makes none"):
         read_config(file)
+    file.write_text(
+        "target: t\ncorpus: c\nrun: r\nsteps: 1\ndraws_per_text: 1\n"
+        "drafts: {kind: residual, teacher_draws: 2, match: 1.0}\n"
+    )
+    with pytest.raises(ConfigError, match="draws_per_text: a step shows 2"):
+        read_config(file)
     file.write_text("- a list\n")
     with pytest.raises(ConfigError, match="holds no fields"):
         read_config(file)
@@ -322,6 +365,22 @@ def test_drafts_that_the_target_has_no_room_for_are_refused_before_training(
     target: Path, corpus: Path, tmp_path: Path, drafts: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
+        train(configured(target, corpus, tmp_path / "run", drafts=drafts))
+
+
+def test_a_target_or_posterior_that_does_not_do_is_refused_before_training(
+    target: Path, corpus: Path, tmp_path: Path
+) -> None:
+    posterior = {"modules": ["x_proj"]}
+    with pytest.raises(ConfigError, match="posterior: the model has no linear layers named x_proj"):
+        train(configured(target, corpus, tmp_path / "run", posterior=posterior))
+    other = shutil.copytree(target, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ManifestError, match=r"drafts\.kind: 'residual', which reads the target's"):
+        train(configured(other, corpus, tmp_path / "run"))
+    drafts = {"kind": "model", "source": str(save_lm(tmp_path / "small", 7, vocab_size=300))}
+    with pytest.raises(ManifestError, match="its vocab_size is 300, the target's is 320"):
         train(configured(target, corpus, tmp_path / "run", drafts=drafts))
 
 
