@@ -59,7 +59,8 @@ def test_shipped_drafts_answer_as_those_they_were_made_of(tmp_path: Path) -> Non
     made = load_ensemble(again)
     # Rounded and cut, they are other numbers, and have a name of their own.
     version = made.manifest.weights_version
-    assert version.startswith("tiny-") and len(version) == len("tiny-") + 8
+    assert version.startswith("tiny-")
+    assert len(version) == len("tiny-") + 8
     ids = [3, 5, 7, 9, 11, 13, 15]
     got, expected = (Reference(one).score(ids, 2) for one in (made, ensemble))
     assert abs(got.epistemic - expected.epistemic).max() < 0.05 * expected.epistemic.max()
