@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def labelled(solutions: list[dict[str, object]], ensemble: Path, folder: Path) -
         texts.append(
             Text(key=key, response_start=encoded.response_start, token_ids=encoded.token_ids)
         )
-    Corpus(folder, {"texts": "labelled GSM8K solutions", "solutions": len(texts)}).add(0, texts)
+    about = {"texts": "labelled GSM8K solutions", "solutions": len(texts)}
+    keys = json.dumps([text.key for text in texts]).encode()
+    Corpus(folder, about | {"keys_sha256": hashlib.sha256(keys).hexdigest()}).add(0, texts)
     print(f"wrote {folder}")
 
 

@@ -45,6 +45,7 @@ async def run(
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     about = {
         "target": loaded.manifest.name,
+        "target_sha256": _digest(loaded.target_path),
         "prompts": len(prompts),
         "prompts_sha256": digest,
         "max_new_tokens": max_new_tokens,
@@ -66,6 +67,15 @@ async def run(
     finally:
         await engine.shutdown()
     return corpus
+
+
+def _digest(target: Path) -> str:
+    """Of a target's weights: two ensembles may have one name."""
+    digest = hashlib.sha256()
+    for file in sorted(target.glob("*.safetensors")):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 async def synthesize(

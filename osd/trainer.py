@@ -12,26 +12,24 @@ which `demur serve --ensemble` takes.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from drafts.init import write_manifest
-from drafts.manifest import load_ensemble, read_target, resolve_source
-from drafts.shipped import TRAINING_NAME
-from drafts.weights import open_to_readers
+from drafts.manifest import read_target, resolve_source
 from osd import checkpoint
 from osd.build import check_fits, load_teacher, new_students, shards, split
 from osd.config import DistillConfig
 from osd.corpus import Corpus, Text
+from osd.ensemble import write_ensemble
 from osd.errors import OsdError
 from osd.evaluate import Agreement, HeldOut
 from osd.log import RunLog, read_measured
@@ -62,15 +60,34 @@ def train(config: DistillConfig) -> Result:
         OsdError: if the configuration, the corpus or a checkpoint cannot be used, or the loss
             stopped being a number.
     """
-    run = Run(config)
-    if run.step == 0:
-        run.evaluate()
-    for _ in run.steps():
-        if run.step % config.evaluate_every == 0 or run.step == config.steps:
+    with _alone(config):
+        run = Run(config)
+        if run.step == 0:
             run.evaluate()
-        if run.step % config.checkpoint_every == 0 or run.step == config.steps:
-            run.save()
-    return run.finish()
+        for _ in run.steps():
+            if run.step % config.evaluate_every == 0 or run.step == config.steps:
+                run.evaluate()
+            if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+                run.save()
+        return run.finish()
+
+
+@contextmanager
+def _alone(config: DistillConfig) -> Iterator[None]:
+    """Refuse a folder in which another command is training."""
+    if not Processes(config.device).is_main:
+        yield
+        return
+    config.run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(config.run / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise OsdError(f"another `demur distill` is at work in {config.run}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Run:
@@ -233,48 +250,9 @@ class Run:
         with self.processes.main_first():
             if self.processes.is_main:
                 self.log.plot()
-                self._write_ensemble(self.config.run / "ensemble")
+                write_ensemble(self.config, self.step, self.students, self.corpus.about)
         measured = read_measured(self.config.run)
         return Result(self.config.run / "ensemble", measured[0][1], measured[-1][1])
 
     def _share(self) -> None:
         self.processes.share([student.module for student in self.students], self.optimisers)
-
-    def _write_ensemble(self, folder: Path) -> None:
-        """The finished drafts as a folder that the service takes; replaces one from before."""
-        building = self.config.run / "ensemble.partial"
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        drafts: list[dict[str, object]] = []
-        for student, letter in zip(self.students, letters(), strict=False):
-            for entry in student.save(building / f"student_{letter}"):
-                drafts.append(entry)
-        named = [
-            {"name": f"draft_{letter}", **entry}
-            for entry, letter in zip(drafts, letters(), strict=False)
-        ]
-        digest = hashlib.sha256()
-        for file in sorted(building.rglob("*.safetensors")):
-            digest.update(file.read_bytes())
-        config = self.config
-        version = f"{config.drafts.kind}-{self.step}-{digest.hexdigest()[:8]}"
-        local = Path(config.target).expanduser()
-        target = str(local.resolve()) if local.is_dir() else config.target
-        write_manifest(building, config.name, version, target, named, config.revision)
-        training = {
-            "config": config.model_dump(mode="json", exclude={"run", "corpus", "device"}),
-            "corpus": self.corpus.about,
-            "held out": {step: measured._asdict() for step, measured in read_measured(config.run)},
-        }
-        (building / TRAINING_NAME).write_text(json.dumps(training, indent=1) + "\n")
-        load_ensemble(building)
-        open_to_readers(building)
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-
-
-def letters() -> Iterator[str]:
-    """a, b, ..., z, aa, ab, ...: drafts' names hold no digits."""
-    alphabet = "abcdefghijklmnopqrstuvwxyz"
-    yield from alphabet
-    yield from (one + two for one in alphabet for two in alphabet)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -382,6 +383,14 @@ def test_a_target_or_posterior_that_does_not_do_is_refused_before_training(
     drafts = {"kind": "model", "source": str(save_lm(tmp_path / "small", 7, vocab_size=300))}
     with pytest.raises(ManifestError, match="its vocab_size is 300, the target's is 320"):
         train(configured(target, corpus, tmp_path / "run", drafts=drafts))
+
+
+def test_one_folder_is_trained_in_by_one(target: Path, corpus: Path, tmp_path: Path) -> None:
+    config = configured(target, corpus, tmp_path / "run", steps=2)
+    config.run.mkdir()
+    with FileLock(config.run / ".lock"), pytest.raises(OsdError, match="another `demur distill`"):
+        train(config)
+    train(config)
 
 
 def test_a_run_does_not_go_on_with_another_corpus(
