@@ -91,9 +91,8 @@ def init_default(
         folder.parent.mkdir(parents=True, exist_ok=True)
         if outdated:
             shutil.rmtree(folder)
-        elif folder.exists():
-            folder.rmdir()
-        building.rename(folder)
+        if not (folder / MANIFEST_NAME).exists():  # nor did another `demur init` make it meanwhile
+            building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     report(f"made {folder}")

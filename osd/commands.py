@@ -23,14 +23,16 @@ def synthesize(
         bool, typer.Option("--general", help="add several hundred everyday and factual questions")
     ] = False,
     limit: Annotated[
-        int | None, typer.Option(help="take at most so many prompts of each file")
+        int | None, typer.Option(min=1, help="take at most so many prompts of each file")
     ] = None,
     ensemble: Annotated[
         Path | None, typer.Option(help="folder with demur.json; default: the one of `demur init`")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="of each answer")] = 256,
-    temperature: Annotated[float, typer.Option(help="1 = as the target speaks")] = 1.0,
-    per_part: Annotated[int, typer.Option(help="answers a file; what a stop can cost")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="1 = as the target speaks")] = 1.0,
+    per_part: Annotated[
+        int, typer.Option(min=1, help="answers a file; what a stop can cost")
+    ] = 128,
 ) -> None:
     """Let the target answer prompts, and write its answers for `demur distill`."""
     from osd.prompts import general_prompts, read_prompts

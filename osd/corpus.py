@@ -98,12 +98,15 @@ class Corpus:
         for name, digest in sorted(self.parts.items()):
             file = self.folder / name
             if not file.exists():
-                raise CorpusError(f"{file} is missing, and {INDEX_NAME} names it")
+                raise CorpusError(
+                    f"{file} is missing, and {INDEX_NAME} names it: remove its entry there and run "
+                    "`demur synthesize` as before to make it again"
+                )
             lines = file.read_bytes()
             if hashlib.sha256(lines).hexdigest() != digest:
                 raise CorpusError(
                     f"{file} is not what was written (its SHA-256 differs from {INDEX_NAME}'s): "
-                    "remove its entry there to make it again"
+                    "remove its entry there and run `demur synthesize` as before to make it again"
                 )
             for number, line in enumerate(lines.splitlines(), start=1):
                 try:

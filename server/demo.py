@@ -76,6 +76,12 @@ def demo(
             f"{scores[0].model}, {estimator.drafts} drafts, weights {estimator.weights_version}",
             style="dim",
         )
+        console.print(
+            "Epistemic uncertainty says where the model would go on otherwise if its weights were "
+            "a little different. It is no verdict on the answer: a small model can be sure and "
+            "wrong; how likely the answer itself is stands in logprob.",
+            style="dim",
+        )
     if svg is not None:
         picture = console.export_svg(title="make demo")
         # Without the fonts that it would fetch from elsewhere.

@@ -193,6 +193,18 @@ def test_an_older_default_is_made_again(tmp_path: Path) -> None:
     assert read_manifest(folder) == shipped
 
 
+def test_two_inits_at_once_leave_one_ensemble(tmp_path: Path) -> None:
+    folder = tmp_path / "ensemble"
+
+    def meanwhile(line: str) -> None:
+        if line.startswith("adding"):
+            mixed_ensemble(folder)
+
+    init_default(folder, meanwhile)
+    assert load_ensemble(folder).manifest.weights_version == "v1"
+    assert read_names(tmp_path) == ["ensemble", "target-llama"]
+
+
 def test_init_does_not_pass_one_kind_of_drafts_off_as_another(tmp_path: Path) -> None:
     folder = mixed_ensemble(tmp_path / "ensemble")
     init_default(folder)
