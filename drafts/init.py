@@ -54,7 +54,6 @@ def init_default(
             weights' package is missing.
     """
     outdated = False
-    shipped = SHIPPED / (kind or "residual")
     if (folder / MANIFEST_NAME).exists():
         try:
             ensemble = load_ensemble(folder)
@@ -63,7 +62,8 @@ def init_default(
             raise ManifestError(f"{error}. Remove {folder} to make it again") from error
         there = {member.draft.kind for member in ensemble.members}
         outdated = _is_outdated(ensemble)
-        if not outdated and kind is not None and there != {kind}:
+        made_here = (folder / _MARKER).exists()
+        if kind is not None and there != {kind} and (made_here or not outdated):
             raise ManifestError(
                 f"{folder} is an ensemble already, of {' and '.join(sorted(there))} drafts; "
                 f"choose another folder for {kind} drafts, or remove it"
@@ -71,9 +71,12 @@ def init_default(
         if not outdated:
             report(f"{folder} is an ensemble already")
             return
+        if made_here and there == {"exit"}:
+            kind = "exit"
         report(f"{folder} is of an earlier version, and is made again")
     elif folder.exists() and any(folder.iterdir()):
         raise ManifestError(f"{folder} is not empty and holds no ensemble; choose another folder")
+    shipped = SHIPPED / (kind or "residual")
     building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
     for left in folder.parent.glob(f"{folder.name}.building-*"):
         # What a killed `demur init` left; one that is at work is let alone.

@@ -189,8 +189,18 @@ def test_an_older_default_is_made_again(tmp_path: Path) -> None:
     init_default(folder, lines.append)
     assert read_manifest(folder).weights_version == "residual-2"
     edit_manifest(folder, weights_version="residual-1")
+    with pytest.raises(ManifestError, match="of residual drafts; choose another folder for exit"):
+        init_default(folder, kind="exit")
     init_default(folder, lines.append)
     assert read_manifest(folder) == shipped
+
+
+def test_outdated_exit_drafts_are_made_again_as_exit_drafts(tmp_path: Path) -> None:
+    init_default(tmp_path, kind="exit")
+    (tmp_path / "made-by-demur-init").write_text("exit exit-1")
+    edit_manifest(tmp_path, weights_version="exit-1")
+    init_default(tmp_path)
+    assert read_manifest(tmp_path) == read_manifest(SHIPPED / "exit")
 
 
 def test_two_inits_at_once_leave_one_ensemble(tmp_path: Path) -> None:
