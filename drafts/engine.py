@@ -11,9 +11,11 @@ calls may run side by side.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import multiprocessing
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from drafts.errors import EngineNotReady, ManifestError, WeightsError
 from drafts.gate import Gate
 from drafts.manifest import Ensemble, Member, ResidualDraft, load_ensemble
 from drafts.scores import TokenScores
-from drafts.weights import check_shapes, check_target
+from drafts.weights import check_shapes, check_target, read_member
 
 _DEAD = "the engine has died; restart the service"
 _RESET_WITHIN_S = 30
@@ -319,6 +321,9 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
     try:
         return AsyncLLM.from_engine_args(arguments)
     except Exception as error:
+        # vLLM tells no more than that its worker died; weights that it refused are named here.
+        for member in ensemble.members:
+            read_member(member)
         raise EngineNotReady(
             f"vLLM did not start: {error} If what it printed above speaks of memory, lower "
             "max_model_len or max_num_batched_tokens; kv_cache_gib can be too high and too low"
@@ -353,6 +358,10 @@ def set_environment() -> None:
     if shutil.which("g++") is None:
         # vLLM compiles one small function with Inductor, which needs a C++ compiler.
         defaults["TORCHDYNAMO_DISABLE"] = "1"
+    if "VLLM_RPC_BASE_PATH" not in os.environ:
+        # vLLM leaves its processes' sockets behind; here they go with this process.
+        defaults["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="demur-")
+        atexit.register(shutil.rmtree, defaults["VLLM_RPC_BASE_PATH"], ignore_errors=True)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

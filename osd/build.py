@@ -74,12 +74,22 @@ def shards(texts: list[Text], count: int) -> list[list[Text]]:
 
 
 def load_teacher(config: DistillConfig, target: Path) -> Teacher:
-    """The target, frozen, with the posterior over its weights."""
+    """The target, frozen, with the posterior over its weights.
+
+    Raises:
+        ConfigError: if the device is not there, the weights hold NaN, or the posterior's modules
+            are not the target's.
+    """
     from transformers import AutoModelForCausalLM
 
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device: torch {torch.__version__} sees no CUDA device here; use cpu")
     model = AutoModelForCausalLM.from_pretrained(
         target, dtype=getattr(torch, config.dtype), local_files_only=True
     ).to(config.device)
+    for name, weight in model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ConfigError(f"the target in {target}: {name} holds NaN or infinity")
     try:
         posterior = WeightPosterior(model, config.posterior, cache=config.run.parent / "svd")
     except ValueError as error:

@@ -49,7 +49,7 @@ def synthesize(
         chosen += general_prompts() if general else []
         if not chosen:
             raise typer.BadParameter("give --prompts, --general or both")
-        asyncio.run(
+        corpus = asyncio.run(
             run(
                 ensemble or default_folder(),
                 out.expanduser(),
@@ -59,8 +59,11 @@ def synthesize(
                 per_part=per_part,
             )
         )
-    except (DraftsError, OsdError) as error:
+    except (DraftsError, OsdError, OSError) as error:
         _fail(error)
+    typer.echo(
+        f"{corpus.folder} holds the answers: name it as `corpus` in a file for `demur distill`"
+    )
 
 
 def distill(
@@ -68,6 +71,7 @@ def distill(
 ) -> None:
     """Distil drafts as a configuration says; run again to go on after a stop."""
     from accelerate import PartialState
+    from safetensors import SafetensorError
 
     from osd.config import read_config
     from osd.trainer import train
@@ -75,13 +79,14 @@ def distill(
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         result = train(read_config(config))
-    except (DraftsError, OsdError) as error:
+    except (DraftsError, OsdError, OSError, SafetensorError) as error:
         _fail(error)
     if not PartialState().is_main_process:
         return
     for when, measured in (("before", result.before), ("after", result.after)):
         values = ", ".join(f"{name} {value:.4f}" for name, value in measured._asdict().items())
         typer.echo(f"{when}, on held-out texts, in nats: {values}")
+    typer.echo("kl_drafts (KL of the posterior mean to a draft) should have fallen, jsd not to 0")
     typer.echo(f"serve it: demur serve --ensemble {result.ensemble}")
 
 

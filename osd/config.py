@@ -137,7 +137,9 @@ class DistillConfig(_Strict):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="of forward passes; weights are kept in float32"
     )
-    device: str = Field(default="cpu", description="cpu, cuda, cuda:1")
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:1"
+    )
 
     held_out: int = Field(default=24, ge=1, description="texts that no student trains on")
     held_out_draws: int = Field(default=8, ge=2, description="draws that make their p_T")

@@ -126,6 +126,29 @@ class Corpus:
         _write(self.folder / INDEX_NAME, json.dumps(index, indent=1).encode())
 
 
+def weights_digest(target: Path) -> str:
+    """SHA-256 of a target's weights: two targets may have one name."""
+    digest = hashlib.sha256()
+    for file in sorted(target.glob("*.safetensors")):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_target(corpus: Corpus, target: Path) -> None:
+    """Refuse another target's answers; a corpus that does not say whose they are is taken.
+
+    Raises:
+        CorpusError: if the corpus names other weights.
+    """
+    written_by = corpus.about.get("target_sha256")
+    if written_by not in (None, weights_digest(target)):
+        raise CorpusError(
+            f"{corpus.folder} holds answers of other weights than those in {target}; let "
+            "`demur synthesize` write this target's into another folder"
+        )
+
+
 def _name(part: int) -> str:
     return f"part-{part:05d}.jsonl"
 

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+from osd.errors import OsdError
 from osd.evaluate import Agreement
 
 _STEP = ("step", "loss", "rate", "tokens_per_second")
@@ -24,8 +25,7 @@ class RunLog:
         self.file = run / "log.csv"
         self.rows: list[dict[str, str]] = []
         if self.file.exists() and keep_until > 0:
-            with self.file.open(newline="") as lines:
-                self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) <= keep_until]
+            self.rows = [row for row in _read(self.file) if int(row["step"]) <= keep_until]
         self.write = write
         if not write:
             return
@@ -91,8 +91,16 @@ class RunLog:
 
 def read_measured(run: Path) -> list[tuple[int, Agreement]]:
     """What the log in a run's folder says of held-out texts, by step."""
-    with (run / "log.csv").open(newline="") as lines:
-        return _measured(csv.DictReader(lines))
+    return _measured(_read(run / "log.csv"))
+
+
+def _read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+        reader = csv.DictReader(lines)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != _COLUMNS or not all(row["step"].isdigit() for row in rows):
+        raise OsdError(f"{file} is no log of a run; remove it")
+    return rows
 
 
 def _measured(rows: Iterable[dict[str, str]]) -> list[tuple[int, Agreement]]:

@@ -12,15 +12,16 @@ import asyncio
 import hashlib
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from drafts.engine import Engine, EngineConfig
-from drafts.manifest import load_ensemble
+from drafts.manifest import Ensemble, load_ensemble
 from drafts.text import TextEncoder
-from osd.corpus import Corpus, Text
+from osd.alone import alone
+from osd.corpus import Corpus, Text, weights_digest
 from osd.prompts import Messages
 from osd.shards import conversation_key
 
@@ -36,46 +37,52 @@ async def run(
     temperature: float,
     per_part: int,
 ) -> Corpus:
-    """Start an engine, answer the prompts into `out`, stop the engine.
+    """Answer the prompts into `out` by an engine of its own; without one if all are answered.
 
     Raises:
         CorpusError: if `out` holds answers made otherwise.
+        OsdError: if another command writes there.
     """
     loaded = load_ensemble(ensemble)
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     about = {
         "target": loaded.manifest.name,
-        "target_sha256": _digest(loaded.target_path),
+        "target_sha256": weights_digest(loaded.target_path),
         "prompts": len(prompts),
         "prompts_sha256": digest,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "per_part": per_part,
     }
-    corpus = Corpus(out, about)
-    encoder = TextEncoder(loaded.target_path)
-    length = min(4096, loaded.target_config.max_position_embeddings)
+    with alone(out, "synthesize"):
+        corpus = Corpus(out, about)
+        if not all(part in corpus for part, _ in _parts(prompts, per_part)):
+            await _with_engine(ensemble, loaded, corpus, prompts)
+    return corpus
+
+
+async def _with_engine(
+    folder: Path, ensemble: Ensemble, corpus: Corpus, prompts: Sequence[Messages]
+) -> None:
+    encoder = TextEncoder(ensemble.target_path)
+    length = min(4096, ensemble.target_config.max_position_embeddings)
     task = asyncio.current_task()
     assert task is not None
     # As SIGINT does: the engine's processes are stopped on the way out.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     engine = await Engine.start(
-        EngineConfig(ensemble=ensemble, max_num_seqs=128, max_model_len=length, kv_cache_gib=2.0)
+        EngineConfig(ensemble=folder, max_num_seqs=128, max_model_len=length, kv_cache_gib=2.0)
     )
     try:
         await synthesize(engine, encoder, corpus, prompts)
     finally:
         await engine.shutdown()
-    return corpus
 
 
-def _digest(target: Path) -> str:
-    """Of a target's weights: two ensembles may have one name."""
-    digest = hashlib.sha256()
-    for file in sorted(target.glob("*.safetensors")):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+def _parts(prompts: Sequence[Messages], size: int) -> Iterator[tuple[int, Sequence[Messages]]]:
+    """Numbered runs of prompts, a file's each."""
+    for part, start in enumerate(range(0, len(prompts), size)):
+        yield part, prompts[start : start + size]
 
 
 async def synthesize(
@@ -104,8 +111,7 @@ async def synthesize(
 
     with tqdm(total=len(prompts), desc="synthesize", unit="text") as bar:
         tasks = []
-        for part, start in enumerate(range(0, len(prompts), size)):
-            chunk = prompts[start : start + size]
+        for part, chunk in _parts(prompts, size):
             if part in corpus:
                 bar.update(len(chunk))
             else:

@@ -15,20 +15,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from drafts.manifest import read_target, resolve_source
 from osd import checkpoint
+from osd.alone import alone
 from osd.build import check_fits, load_teacher, new_students, shards, split
 from osd.config import DistillConfig
-from osd.corpus import Corpus, Text
+from osd.corpus import Corpus, Text, check_target
 from osd.ensemble import write_ensemble
 from osd.errors import OsdError
 from osd.evaluate import Agreement, HeldOut
@@ -60,9 +59,9 @@ def train(config: DistillConfig) -> Result:
         OsdError: if the configuration, the corpus or a checkpoint cannot be used, or the loss
             stopped being a number.
     """
-    with _alone(config):
+    with alone(config.run, "distill", Processes(config.device).is_main):
         run = Run(config)
-        if run.step == 0:
+        if not run.log.measured():  # at the start, or the log was removed
             run.evaluate()
         for _ in run.steps():
             if run.step % config.evaluate_every == 0 or run.step == config.steps:
@@ -70,24 +69,6 @@ def train(config: DistillConfig) -> Result:
             if run.step % config.checkpoint_every == 0 or run.step == config.steps:
                 run.save()
         return run.finish()
-
-
-@contextmanager
-def _alone(config: DistillConfig) -> Iterator[None]:
-    """Refuse a folder in which another command is training."""
-    if not Processes(config.device).is_main:
-        yield
-        return
-    config.run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(config.run / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise OsdError(f"another `demur distill` is at work in {config.run}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Run:
@@ -106,6 +87,7 @@ class Run:
         check_fits(config, read_target(self.target_path))
         self.teacher = load_teacher(config, self.target_path)
         self.corpus = Corpus(config.corpus)
+        check_target(self.corpus, self.target_path)
         texts = self.corpus.read(self.teacher.model.config.vocab_size)
         usable = [text for text in texts if text.response_start < config.max_tokens]
         held_out, training = split(usable, config.held_out)
@@ -226,9 +208,10 @@ class Run:
         return Lesson(batch, clean, teachers, chosen.to(clean.h_Td.device), eu_T)
 
     def _diverged(self, number: int) -> OsdError:
+        kept = "the last checkpoint is whole" if self.step else "nothing was trained"
         return OsdError(
             f"step {self.step}, student {number}: the loss or its gradient is not finite; lower "
-            "the learning rate. The last checkpoint is whole"
+            f"the learning rate ({kept})"
         )
 
     def evaluate(self) -> None:

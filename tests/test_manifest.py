@@ -47,6 +47,10 @@ def test_a_good_one(folder: Path) -> None:
 def test_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"no ensemble.*demur init"):
         load_ensemble(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ManifestError, match=r"file is no ensemble"):
+        load_ensemble(file)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,7 @@ from drafts.manifest import load_ensemble
 from drafts.reference import Reference
 from osd.build import shards, split
 from osd.config import DistillConfig, ExitDrafts, ModelDrafts, ResidualDrafts, read_config
-from osd.corpus import Corpus, Text
+from osd.corpus import Corpus, Text, weights_digest
 from osd.errors import CheckpointError, ConfigError, CorpusError, OsdError
 from osd.log import read_measured
 from osd.posterior import PosteriorConfig
@@ -383,6 +384,48 @@ def test_a_target_or_posterior_that_does_not_do_is_refused_before_training(
     drafts = {"kind": "model", "source": str(save_lm(tmp_path / "small", 7, vocab_size=300))}
     with pytest.raises(ManifestError, match="its vocab_size is 300, the target's is 320"):
         train(configured(target, corpus, tmp_path / "run", drafts=drafts))
+
+
+def test_weights_that_are_no_numbers_are_refused_before_training(
+    target: Path, corpus: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(target, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"other: model\.norm\.weight holds NaN"):
+        train(configured(other, corpus, tmp_path / "run"))
+
+
+def test_another_targets_answers_are_refused(target: Path, corpus: Path, tmp_path: Path) -> None:
+    own = Corpus(tmp_path / "own", {"target_sha256": weights_digest(target)})
+    own.add(0, Corpus(corpus).read(320))
+    train(configured(target, own.folder, tmp_path / "run", steps=1))
+    other = save_lm(tmp_path / "other", seed=9)
+    with pytest.raises(CorpusError, match="holds answers of other weights"):
+        train(configured(other, own.folder, tmp_path / "another"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(target: Path, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"device: .* sees no CUDA device"):
+        train(configured(target, corpus, tmp_path / "run", device="cuda"))
+    with pytest.raises(ValidationError, match="device"):
+        configured(target, corpus, tmp_path / "run", device="banana")
+
+
+def test_a_log_that_is_none_is_refused_and_a_lost_one_begun_again(
+    target: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config = configured(target, corpus, tmp_path / "run", steps=2)
+    train(config)
+    log = config.run / "log.csv"
+    log.write_bytes(b"\x89PNG\r\n no log\n1,2\n")
+    with pytest.raises(OsdError, match=r"log\.csv is no log of a run; remove it"):
+        train(config)
+    log.unlink()
+    train(config)
+    assert [step for step, _ in read_measured(config.run)] == [2]
 
 
 def test_one_folder_is_trained_in_by_one(target: Path, corpus: Path, tmp_path: Path) -> None:
