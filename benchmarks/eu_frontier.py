@@ -3,8 +3,8 @@
     python benchmarks/eu_frontier.py
 
 Starts from benchmarks/drafts/residual.yaml and changes one thing at a time: layers tapped, rank,
-factors, width, the objective; takes K = 1 to 16 drafts of one student; and from
-benchmarks/drafts/exit.yaml, with 1 to 3 own layers. Measured against EU* on `gsm8k-dev`
+factors, width, the objective, a quarter of the texts; takes K = 1 to 16 drafts of one student; and
+from benchmarks/drafts/exit.yaml, with 1 to 3 own layers. Measured against EU* on `gsm8k-dev`
 (benchmarks/eu_texts.py), answers to training questions that no draft was trained on, so that
 nothing is chosen by the texts that benchmarks/eu_rmse.py reports.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from eu_table import interval, line
 
 from drafts.manifest import load_ensemble
 from osd.config import DistillConfig, read_config
+from osd.corpus import Corpus
 from osd.log import read_measured
 from osd.trainer import train
 
@@ -53,6 +55,7 @@ RESIDUAL: dict[str, dict[str, Any]] = {
 EXIT: dict[str, dict[str, Any]] = {
     f"exit, {own} own layers": {"own_layers": own, "layer": 30 - own} for own in (1, 2, 3)
 }
+QUARTER = "a quarter of the texts"
 DRAWS = (1, 2, 4, 8, 16)
 
 
@@ -70,19 +73,18 @@ def main() -> None:
     truth = [eu.whole for eu in reference]
     values = root / "eu_estimates" / f"{label}-v{ESTIMATES}"
     rows = [row(eu_estimators.constant(truth), truth)]
-    for name, changes in (RESIDUAL | EXIT).items():
+    for name, changes in (RESIDUAL | {QUARTER: {}} | EXIT).items():
         config = shaped(name, changes, arguments.steps)
         train(config)  # goes on, or says that the run is of another configuration
         ensemble = load_ensemble(config.run / "ensemble")
         training = read_measured(config.run)[-1][1]
         counts = (1,) if name in EXIT else DRAWS if name == BASE else (4,)
-        for count in counts:
-            chosen = eu_estimators.first_drafts(ensemble, count)
-            file = values / f"{ensemble.manifest.weights_version}-{count}"
-            found = kept(file, partial(eu_estimators.of_ensemble, teacher, chosen, texts))
-            (whole, *_) = eu_estimators.named(name, chosen, found)
-            rows.append(row(whole, truth) | {"held_out_kl": training.kl_drafts})
-            print(line(rows[-1]), flush=True)
+        file = values / "-".join([ensemble.manifest.weights_version, *map(str, counts)])
+        found = kept(file, partial(eu_estimators.of_ensemble, teacher, ensemble, texts, counts))
+        for estimate in eu_estimators.named(name, ensemble, counts, found):
+            if estimate.name.endswith("jsd + kl"):
+                rows.append(row(estimate, truth) | {"held_out_kl": training.kl_drafts})
+                print(line(rows[-1]), flush=True)
     result = {
         "benchmark": "eu_frontier",
         "command": "python benchmarks/eu_frontier.py",
@@ -112,7 +114,18 @@ def shaped(name: str, changes: dict[str, Any], steps: int) -> DistillConfig:
         "steps": steps,
         "evaluate_every": steps,
     }
+    if name == QUARTER:
+        values["corpus"] = quarter(base.corpus)
     return DistillConfig.model_validate(values)
+
+
+def quarter(whole: Path) -> Path:
+    """Every fourth text of a corpus, as a corpus beside it."""
+    texts = Corpus(whole)
+    folder = whole.with_name(f"{whole.name}-quarter")
+    every = texts.read(vocab_size=sys.maxsize)  # the trainer checks token ids
+    Corpus(folder, texts.about | {"share": "1/4"}).add(0, every[::4])
+    return folder
 
 
 def write_table(result: dict[str, Any], file: Path) -> None:
