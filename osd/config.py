@@ -176,9 +176,12 @@ def read_config(file: Path) -> DistillConfig:
         config = DistillConfig.model_validate(values)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(str(part) for part in found['loc'])}: {found['msg']}"
+            f"{'.'.join(str(part) for part in found['loc'])}: "
+            + ("unknown field" if found["type"] == "extra_forbidden" else found["msg"])
             for found in error.errors()
         ]
-        raise ConfigError(f"{file}: " + "; ".join(lines)) from error
+        raise ConfigError(
+            f"{file}: {'; '.join(lines)} (docs/distillation.md has all fields)"
+        ) from error
     paths = {name: getattr(config, name).expanduser() for name in ("corpus", "run")}
     return config.model_copy(update=paths)

@@ -325,7 +325,7 @@ def test_a_loss_that_is_no_number_stops_the_run(target: Path, corpus: Path, tmp_
 def test_unknown_and_wrong_fields_are_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("target: t\ncorpus: c\nrun: r\nsteps: 0\nlr: 1\ndrafts: {kind: residual}\n")
-    with pytest.raises(ConfigError, match=r"steps: .*greater than 0.*lr: Extra inputs"):
+    with pytest.raises(ConfigError, match=r"steps: .*greater than 0.*lr: unknown field"):
         read_config(file)
     file.write_text(
         "target: t\ncorpus: c\nrun: r\nsteps: 1\nteacher: clean\ndrafts: {kind: residual}\n"
