@@ -37,22 +37,22 @@ def plot_scatter(
 
 def plot_cost(rows: list[dict[str, Any]], file: Path) -> None:
     """RMSE of each estimator against what it costs beyond the target's own pass."""
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for values in rows:
-        if values["name"].endswith(("jsd only", "kl only")):
-            continue
+    shown = [row for row in rows if not row["name"].endswith(("jsd only", "kl only"))]
+    figure, axis = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
+    for number, values in enumerate(shown):
         value, low, high = values["rmse"]
         cost = values["flops"] + values["head_flops"]
         axis.errorbar(
-            max(cost, 1e-3), value, yerr=[[value - low], [high - value]], fmt="o", markersize=4
+            max(cost, 1e-3),
+            value,
+            yerr=[[value - low], [high - value]],
+            # Ten colours, and a marker for each ten rows.
+            fmt="os^Dv"[number // 10 % 5],
+            color=f"C{number % 10}",
+            markersize=5,
+            label=values["name"].removesuffix(": jsd + kl"),
         )
-        axis.annotate(
-            values["name"].removesuffix(": jsd + kl"),
-            (max(cost, 1e-3), value),
-            textcoords="offset points",
-            xytext=(5, 3),
-            fontsize=7,
-        )
+    figure.legend(loc="outside right upper", fontsize=7)
     axis.set(
         xscale="log",
         yscale="log",
