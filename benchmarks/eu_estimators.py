@@ -127,73 +127,41 @@ def _sampled(
     return estimates
 
 
-def of_ensemble(
-    teacher: Teacher, ensemble: Ensemble, texts: list[Text], counts: Sequence[int]
-) -> list[Estimate]:
-    """jsd + kl of an ensemble's first drafts, for each number of them, and each part alone.
+def of_ensemble(teacher: Teacher, ensemble: Ensemble, texts: list[Text]) -> list[Estimate]:
+    """jsd + kl of an ensemble, and each alone; `named` says whose and what they cost.
 
-    All drafts are run once; time is that of so many drafts by themselves. `named` says whose these
-    are and what they cost.
+    Of some drafts of a larger ensemble, these alone must be given: residual drafts are scaled for
+    being so many.
     """
-    values_of = _measured(teacher, first_drafts(ensemble, max(counts)), counts)
-    with torch.inference_mode():
-        label = f"K = {max(counts)}"
-        found = [values_of(text) for text in tqdm(texts, desc=label, unit="text")]
-    estimates = []
-    for place, count in enumerate(counts):
-        alone = _measured(teacher, first_drafts(ensemble, count), (count,))
-        label = f"K = {count}, time"
-        _, ratio = _timed(label, teacher, texts[:: 2 * _TIMED], alone, every=1)
-        for part, name in enumerate(_parts(count)):
-            values = [of_text[place][part] for of_text in found]
-            estimates.append(Estimate(name, values, time=ratio - 1))
-    return estimates
-
-
-def _measured(
-    teacher: Teacher, ensemble: Ensemble, counts: Sequence[int]
-) -> Callable[[Text], list[list[Floats]]]:
-    """What gives, for each count of first drafts, a text's jsd + kl, jsd and kl."""
     reference = Reference(ensemble, teacher.model.dtype, target=teacher.model)
+    kinds = ("epistemic", "jsd", "kl")
 
-    def values_of(text: Text) -> list[list[Floats]]:
+    def values_of(text: Text) -> list[Floats]:
         drafts, h_Td = reference.states(text.token_ids[:MAX_TOKENS])
         rows = rows_of(text)
         states_KTd = torch.stack([state[rows].float() for state, _ in drafts])
         heads = [head for _, head in drafts]
         h_Td = h_Td[rows].float()
-        found: list[list[list[Tensor]]] = [[[], [], []] for _ in counts]
-        for block in torch.arange(len(h_Td)).split(_LOGITS // len(drafts)):
+        parts: list[list[Tensor]] = [[] for _ in kinds]
+        size = _LOGITS // len(drafts)
+        for start in range(0, len(h_Td), size):
+            block = slice(start, start + size)
             logits = _logits(teacher, states_KTd[:, block], heads)
-            target = teacher.logits(h_Td[block])
-            for parts, count in zip(found, counts, strict=True):
-                of_first = measures(logits[:count], target)
-                for part, values in zip(
-                    parts, (of_first.epistemic, of_first.jsd, of_first.kl), strict=True
-                ):
-                    part.append(values)
-        return [[torch.cat(part).double().numpy() for part in parts] for parts in found]
+            found = measures(logits, teacher.logits(h_Td[block]))
+            for kind, part in zip(kinds, parts, strict=True):
+                part.append(getattr(found, kind))
+        return [torch.cat(part).double().numpy() for part in parts]
 
-    return values_of
-
-
-def _parts(count: int) -> tuple[str, ...]:
-    """What is compared of so many drafts: one has no jsd, and its kl is all."""
-    return ("jsd + kl", "jsd only", "kl only") if count > 1 else ("jsd + kl",)
+    found, ratio = _timed(f"K = {len(ensemble.members)}", teacher, texts, values_of)
+    labels = ("jsd + kl", "jsd only", "kl only")
+    return [
+        Estimate(label, [values[i] for values in found], time=ratio - 1)
+        for i, label in enumerate(labels)
+        if len(ensemble.members) > 1 or label == "jsd + kl"
+    ]
 
 
-def named(
-    name: str, ensemble: Ensemble, counts: Sequence[int], estimates: list[Estimate]
-) -> list[Estimate]:
-    """What `of_ensemble` gave, under a name and with what the drafts cost."""
-    found: list[Estimate] = []
-    for count in counts:
-        of_count = estimates[len(found) : len(found) + len(_parts(count))]
-        found += costed(name, first_drafts(ensemble, count), of_count)
-    return found
-
-
-def costed(name: str, ensemble: Ensemble, estimates: list[Estimate]) -> list[Estimate]:
+def named(name: str, ensemble: Ensemble, estimates: list[Estimate]) -> list[Estimate]:
     """An ensemble's estimates under a name, with what its drafts cost."""
     flops, head_flops = ensemble_cost(ensemble)
     name = f"{name}, K = {len(ensemble.members)}"

@@ -118,16 +118,17 @@ def estimated(
         found += kept(file, partial(rival, teacher, texts, SAMPLES, seed))
     for entry in plan["ensembles"]:
         whole = load_ensemble(Path(entry["folder"]).expanduser())
-        counts = entry.get("counts", [len(whole.members)])
-        file = folder / "-".join([whole.manifest.weights_version, *map(str, counts)])
-        values = kept(file, partial(eu_estimators.of_ensemble, teacher, whole, texts, counts))
-        found += eu_estimators.named(entry["name"], whole, counts, values)
+        for count in entry.get("counts", [len(whole.members)]):
+            ensemble = eu_estimators.first_drafts(whole, count)
+            file = folder / f"{whole.manifest.weights_version}-{count}"
+            values = kept(file, partial(eu_estimators.of_ensemble, teacher, ensemble, texts))
+            found += eu_estimators.named(entry["name"], ensemble, values)
     default = load_ensemble(default_folder())
     values = kept(
         folder / f"served-{default.manifest.weights_version}",
         lambda: eu_served.served(default_folder(), texts),
     )
-    found += eu_estimators.costed("the default as served", default, values)
+    found += eu_estimators.named("the default as served", default, values)
     for name, paths in plan["probes"].items():
         files = [Path(path).expanduser() for path in paths]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
