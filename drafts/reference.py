@@ -65,6 +65,7 @@ class Reference:
         # transformers: entry i is the state after i layers, except that the last one is normed.
         states, h_Td = out.hidden_states, out.last_hidden_state[0]
         head_Vd = self.target.get_output_embeddings().weight
+        logits_TV = F.linear(h_Td, head_Vd) if self.draws else None
         drafts: list[tuple[Tensor, Tensor]] = []
         moved: dict[Path, dict[int, Tensor]] = {}  # by residual student and draw
         for member, module in zip(self.ensemble.members, self.modules, strict=True):
@@ -78,7 +79,6 @@ class Reference:
             else:
                 if member.path not in moved:
                     taps = [states[layer][0] for layer in member.config.taps]
-                    logits_TV = F.linear(h_Td, head_Vd)
                     draws, directions_Vr = self.draws[member.path], self.directions[member.path]
                     found = module(h_Td, taps, logits_TV, directions_Vr, draws)
                     moved[member.path] = dict(zip(draws, found, strict=True))
