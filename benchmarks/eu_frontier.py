@@ -38,7 +38,7 @@ from osd.trainer import train
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "benchmarks/drafts"
 RESULT = ROOT / "benchmarks/results/eu_frontier.json"
-STEPS, TEXTS = 300, 40
+STEPS, TEXTS = 200, 40
 BASE = "residual"
 RESIDUAL: dict[str, dict[str, Any]] = {
     BASE: {},
