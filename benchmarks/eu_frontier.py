@@ -14,6 +14,7 @@ Writes benchmarks/results/eu_frontier.json and docs/eu_frontier.md. Goes on wher
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -32,7 +33,6 @@ from eu_table import interval, line
 from drafts.manifest import load_ensemble
 from osd.config import DistillConfig, read_config
 from osd.corpus import Corpus
-from osd.log import read_measured
 from osd.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -74,14 +74,13 @@ def main() -> None:
         config = shaped(name, changes, arguments.steps)
         train(config)  # goes on, or says that the run is of another configuration
         ensemble = load_ensemble(config.run / "ensemble")
-        training = read_measured(config.run)[-1][1]
         counts = (1,) if name in EXIT else DRAWS if name == BASE else (4,)
         for count in counts:
             chosen = eu_estimators.first_drafts(ensemble, count)
             file = values / f"{ensemble.manifest.weights_version}-{count}"
             found = kept(file, partial(eu_estimators.of_ensemble, teacher, chosen, texts))
             (whole, *_) = eu_estimators.named(name, chosen, found)
-            rows.append(row(whole, truth) | {"held_out_kl": training.kl_drafts})
+            rows.append(row(whole, truth))
             print(line(rows[-1]), flush=True)
     result = {
         "benchmark": "eu_frontier",
@@ -122,7 +121,8 @@ def quarter(whole: Path) -> Path:
     texts = Corpus(whole)
     folder = whole.with_name(f"{whole.name}-quarter")
     every = texts.read(vocab_size=sys.maxsize)  # the trainer checks token ids
-    Corpus(folder, texts.about | {"share": "1/4"}).add(0, every[::4])
+    of = hashlib.sha256(json.dumps(texts.parts, sort_keys=True).encode()).hexdigest()
+    Corpus(folder, texts.about | {"quarter_of": of}).add(0, every[::4])
     return folder
 
 
@@ -133,7 +133,8 @@ def write_table(result: dict[str, Any], file: Path) -> None:
         "# Shapes of drafts",
         "",
         "Written by `python benchmarks/eu_frontier.py` from `benchmarks/results/eu_frontier.json`. "
-        f"One student of each shape, {result['steps']} steps on all texts, measured on "
+        f"One student of each shape, {result['steps']} steps of 4 texts ({QUARTER}: which it sees "
+        "several times, where the others see each text once or not at all), measured on "
         f"{about['tokens']} tokens of answers to training questions that no draft saw, against EU* "
         f"of M = {about['draws']} draws (mean {about['mean']:.3f}, own noise "
         f"{about['noise_rms']:.3f}). Columns as in [eu_rmse.md](eu_rmse.md).",

@@ -66,6 +66,9 @@ def main() -> None:
     plan = yaml.safe_load(arguments.plan.read_text())
     if absent := missing(plan):
         parser.error(f"not there: {', '.join(absent)}; docs/benchmarks.md has the commands")
+    runs = {name: read_measured(Path(run).expanduser()) for name, run in plan["training"].items()}
+    if partial_logs := [name for name, measured in runs.items() if measured[0][0] != 0]:
+        parser.error(f"no measurement of the first step: {', '.join(partial_logs)}")
     teacher, root = load()
     tables, goals = {}, []
     for name, planned in plan["texts"].items():
@@ -87,7 +90,6 @@ def main() -> None:
             goals = checked(plan["goals"], estimates, rows, truth)
             plot_scatter(plan["scatter"], estimates, truth, pages / "eu_scatter.png")
             plot_cost(rows, pages / "eu_cost.png")
-    runs = {name: read_measured(Path(run).expanduser()) for name, run in plan["training"].items()}
     plot_training(runs, pages / "eu_training.png")
     result = {
         "benchmark": "eu_rmse",

@@ -14,6 +14,8 @@ of 95% by bootstrap over texts. *Scaled*: after the best single factor, fitted o
 heads. *Time*: measured, in the same units, on {cores} cores.
 """
 
+_TIMED_TEXTS = 100
+
 
 def write_tables(result: dict[str, Any], file: Path) -> None:
     """Write the page."""
@@ -41,7 +43,9 @@ def write_tables(result: dict[str, Any], file: Path) -> None:
             numbers += [f"{row['bias'][0]:+.3f}"]
             numbers += [interval(row[key]) for key in ("pearson", "spearman")]
             cost = f"{row['flops']:.3f} + {row['head_flops']:.2f}"
-            time = "" if row["time"] is None else f"{row['time']:.2f}"
+            # Of few texts, too few were timed.
+            timed = row["time"] is not None and about["texts"] >= _TIMED_TEXTS
+            time = f"{row['time']:.2f}" if timed else ""
             cells = [row["name"], *numbers, cost, time]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Training", "", "![held-out KL and JSD](eu_training.png)", ""]

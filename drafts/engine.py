@@ -321,13 +321,24 @@ def _build(ensemble: Ensemble, config: EngineConfig) -> Any:
     try:
         return AsyncLLM.from_engine_args(arguments)
     except Exception as error:
-        # vLLM tells no more than that its worker died; weights that it refused are named here.
-        for member in ensemble.members:
-            read_member(member)
+        # vLLM tells no more than that its worker died.
+        if refused := _refused_weights(ensemble):
+            raise refused from error
         raise EngineNotReady(
             f"vLLM did not start: {error} If what it printed above speaks of memory, lower "
             "max_model_len or max_num_batched_tokens; kv_cache_gib can be too high and too low"
         ) from error
+
+
+def _refused_weights(ensemble: Ensemble) -> WeightsError | None:
+    """What the worker has against the drafts' weights, if that is why it died."""
+    checkpoints = {member.path: member for member in ensemble.members}
+    for member in checkpoints.values():
+        try:
+            read_member(member)
+        except WeightsError as error:
+            return error
+    return None
 
 
 def _check_length(ensemble: Ensemble, max_model_len: int) -> None:

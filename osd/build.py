@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from drafts.exits import copy_exit
@@ -27,6 +28,21 @@ from osd.shards import shard_of
 from osd.states import States
 from osd.students import ExitStudent, ModelStudent, ResidualStudent, Trainee, places_of
 from osd.teacher import Teacher, collate
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        ConfigError: saying how many there are.
+    """
+    if device == "cpu":
+        return
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise ConfigError(
+            f"device: {device}, but torch {torch.__version__} sees {count} CUDA devices"
+        )
 
 
 def check_fits(config: DistillConfig, target: Any) -> None:
@@ -77,16 +93,17 @@ def load_teacher(config: DistillConfig, target: Path) -> Teacher:
     """The target, frozen, with the posterior over its weights.
 
     Raises:
-        ConfigError: if the device is not there, the weights hold NaN, or the posterior's modules
-            are not the target's.
+        ConfigError: if the weights cannot be read or hold NaN, or the posterior's modules are not
+            the target's.
     """
     from transformers import AutoModelForCausalLM
 
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: torch {torch.__version__} sees no CUDA device here; use cpu")
-    model = AutoModelForCausalLM.from_pretrained(
-        target, dtype=getattr(torch, config.dtype), local_files_only=True
-    ).to(config.device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            target, dtype=getattr(torch, config.dtype), local_files_only=True
+        ).to(config.device)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"the target in {target} cannot be loaded ({error})") from error
     for name, weight in model.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
             raise ConfigError(f"the target in {target}: {name} holds NaN or infinity")

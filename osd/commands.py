@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -78,18 +79,32 @@ def distill(
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        result = train(read_config(config))
-    except (DraftsError, OsdError, OSError, SafetensorError) as error:
+        read = read_config(config)
+        result = train(read)
+    except (DraftsError, OsdError, SafetensorError) as error:  # the last: a full disk
         _fail(error)
+    except OSError as error:
+        _fail_of_a_file(error)
     if not PartialState().is_main_process:
         return
     for when, measured in (("before", result.before), ("after", result.after)):
-        values = ", ".join(f"{name} {value:.4f}" for name, value in measured._asdict().items())
-        typer.echo(f"{when}, on held-out texts, in nats: {values}")
-    typer.echo("kl_drafts (KL of the posterior mean to a draft) should have fallen, jsd not to 0")
+        if measured is not None:
+            values = ", ".join(f"{name} {value:.4f}" for name, value in measured._asdict().items())
+            typer.echo(f"{when}, on held-out texts, in nats: {values}")
+    if read.drafts.kind == "residual":
+        typer.echo("epistemic should have come near to reference, which is EU* by few draws")
+    elif read.teacher == "posterior":
+        typer.echo("kl_drafts, the mean KL(p_T || q_k), should have fallen")
     typer.echo(f"serve it: demur serve --ensemble {result.ensemble}")
 
 
-def _fail(error: Exception) -> None:
+def _fail_of_a_file(error: OSError) -> NoReturn:
+    """A sentence for a file that cannot be written; any other error is not the user's."""
+    if error.filename is None and error.errno != errno.ENOSPC:
+        raise error
+    _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
     typer.secho(f"error: {error}", fg="red", err=True)
     raise typer.Exit(1) from error

@@ -142,10 +142,11 @@ def check_target(corpus: Corpus, target: Path) -> None:
         CorpusError: if the corpus names other weights.
     """
     written_by = corpus.about.get("target_sha256")
-    if written_by not in (None, weights_digest(target)):
+    if written_by is not None and written_by != weights_digest(target):
         raise CorpusError(
-            f"{corpus.folder} holds answers of other weights than those in {target}; let "
-            "`demur synthesize` write this target's into another folder"
+            f"{corpus.folder} holds answers of weights with SHA-256 {written_by[:12]}…, and those "
+            f"in {target} are others; let `demur synthesize` write this target's answers into "
+            "another folder"
         )
 
 

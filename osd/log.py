@@ -95,12 +95,19 @@ def read_measured(run: Path) -> list[tuple[int, Agreement]]:
 
 
 def _read(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-        reader = csv.DictReader(lines)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != _COLUMNS or not all(row["step"].isdigit() for row in rows):
-        raise OsdError(f"{file} is no log of a run; remove it")
-    return rows
+    """The rows of a log, every field a number or empty."""
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            columns, *rows = csv.reader(lines)
+            if tuple(columns) != _COLUMNS:
+                raise ValueError("other columns")
+            found = [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
+            for row in found:
+                int(row["step"])
+                _ = [float(value) for value in row.values() if value]
+    except (ValueError, csv.Error) as error:
+        raise OsdError(f"{file} is no log of a run ({error}); remove it") from error
+    return found
 
 
 def _measured(rows: Iterable[dict[str, str]]) -> list[tuple[int, Agreement]]:

@@ -77,6 +77,7 @@ async def _with_engine(
         await synthesize(engine, encoder, corpus, prompts)
     finally:
         await engine.shutdown()
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
 
 def _parts(prompts: Sequence[Messages], size: int) -> Iterator[tuple[int, Sequence[Messages]]]:

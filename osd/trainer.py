@@ -25,7 +25,7 @@ from tqdm import tqdm
 from drafts.manifest import read_target, resolve_source
 from osd import checkpoint
 from osd.alone import alone
-from osd.build import check_fits, load_teacher, new_students, shards, split
+from osd.build import check_device, check_fits, load_teacher, new_students, shards, split
 from osd.config import DistillConfig
 from osd.corpus import Corpus, Text, check_target
 from osd.ensemble import write_ensemble
@@ -48,7 +48,7 @@ class Result:
     """A finished run."""
 
     ensemble: Path
-    before: Agreement
+    before: Agreement | None  # None if the log of the first step was lost
     after: Agreement
 
 
@@ -59,9 +59,10 @@ def train(config: DistillConfig) -> Result:
         OsdError: if the configuration, the corpus or a checkpoint cannot be used, or the loss
             stopped being a number.
     """
+    check_device(config.device)
     with alone(config.run, "distill", Processes(config.device).is_main):
         run = Run(config)
-        if not run.log.measured():  # at the start, or the log was removed
+        if run.unmeasured():  # at the start, or the log was lost
             run.evaluate()
         for _ in run.steps():
             if run.step % config.evaluate_every == 0 or run.step == config.steps:
@@ -85,9 +86,9 @@ class Run:
         config = self.config
         self.target_path = resolve_source(Path.cwd(), config.target, config.revision)
         check_fits(config, read_target(self.target_path))
-        self.teacher = load_teacher(config, self.target_path)
         self.corpus = Corpus(config.corpus)
         check_target(self.corpus, self.target_path)
+        self.teacher = load_teacher(config, self.target_path)
         texts = self.corpus.read(self.teacher.model.config.vocab_size)
         usable = [text for text in texts if text.response_start < config.max_tokens]
         held_out, training = split(usable, config.held_out)
@@ -208,11 +209,15 @@ class Run:
         return Lesson(batch, clean, teachers, chosen.to(clean.h_Td.device), eu_T)
 
     def _diverged(self, number: int) -> OsdError:
-        kept = "the last checkpoint is whole" if self.step else "nothing was trained"
         return OsdError(
             f"step {self.step}, student {number}: the loss or its gradient is not finite; lower "
-            f"the learning rate ({kept})"
+            "learning_rate, and remove the run's folder or choose another. What it holds is whole"
         )
+
+    def unmeasured(self) -> bool:
+        """Whether the log holds no measurement. All processes go by what the first one sees."""
+        missing = self.processes.is_main and not self.log.measured()
+        return self.processes.total([float(missing)])[0] > 0
 
     def evaluate(self) -> None:
         """Measure the drafts on held-out texts."""
@@ -235,7 +240,9 @@ class Run:
                 self.log.plot()
                 write_ensemble(self.config, self.step, self.students, self.corpus.about)
         measured = read_measured(self.config.run)
-        return Result(self.config.run / "ensemble", measured[0][1], measured[-1][1])
+        step, before = measured[0]
+        after = measured[-1][1]
+        return Result(self.config.run / "ensemble", None if step else before, after)
 
     def _share(self) -> None:
         self.processes.share([student.module for student in self.students], self.optimisers)

@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from drafts import channel
@@ -25,10 +24,9 @@ from drafts.manifest import load_ensemble
 from drafts.reference import Reference
 from drafts.scores import TokenScores
 from drafts.text import TextEncoder
-from osd.corpus import Corpus, Text
-from osd.errors import OsdError
+from osd.corpus import Corpus
 from osd.shards import conversation_key
-from osd.synthesize import run, synthesize
+from osd.synthesize import synthesize
 from tests.engine_checks import TOLERANCE, assert_close, joined, running
 from tests.tiny import edit_manifest, mixed_ensemble
 
@@ -422,23 +420,6 @@ async def test_the_target_answers_prompts_for_distillation(
     assert await synthesize(engine, encoder, corpus, prompts) == 4
     assert (tmp_path / "corpus/part-00002.jsonl").read_bytes() == kept
     assert len(Corpus(tmp_path / "corpus", about).read(320)) == 10
-
-
-async def test_a_corpus_that_is_whole_needs_no_engine_and_one_writer(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def start(config: EngineConfig) -> Engine:
-        raise EngineNotReady("an engine was started")
-
-    monkeypatch.setattr(Engine, "start", start)
-    out, prompts = tmp_path / "corpus", [[{"role": "user", "content": "Hi"}]]
-    limits: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.0, "per_part": 4}
-    with pytest.raises(EngineNotReady, match="an engine was started"):
-        await run(folder, out, prompts, **limits)
-    Corpus(out).add(0, [Text(key=1, response_start=1, token_ids=[1, 2, 3])])
-    assert (await run(folder, out, prompts, **limits)).parts
-    with FileLock(out / ".lock"), pytest.raises(OsdError, match="another `demur synthesize`"):
-        await run(folder, out, prompts, **limits)
 
 
 def test_no_process_is_left_of_a_front_end_that_was_killed(folder: Path) -> None:

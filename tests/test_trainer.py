@@ -122,6 +122,7 @@ def test_residual_students_learn_how_far_the_posterior_moves(
     def miss(agreement: Any) -> float:
         return abs(float(agreement.epistemic) - float(agreement.reference))
 
+    assert result.before is not None
     assert miss(result.after) < 0.5 * miss(result.before)
     ensemble = load_ensemble(result.ensemble)
     assert [member.draft.name for member in ensemble.members] == [
@@ -402,13 +403,13 @@ def test_another_targets_answers_are_refused(target: Path, corpus: Path, tmp_pat
     own.add(0, Corpus(corpus).read(320))
     train(configured(target, own.folder, tmp_path / "run", steps=1))
     other = save_lm(tmp_path / "other", seed=9)
-    with pytest.raises(CorpusError, match="holds answers of other weights"):
+    with pytest.raises(CorpusError, match="holds answers of weights with SHA-256"):
         train(configured(other, own.folder, tmp_path / "another"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused(target: Path, corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"device: .* sees no CUDA device"):
+    with pytest.raises(ConfigError, match=r"device: cuda, but torch .* sees 0 CUDA devices"):
         train(configured(target, corpus, tmp_path / "run", device="cuda"))
     with pytest.raises(ValidationError, match="device"):
         configured(target, corpus, tmp_path / "run", device="banana")
@@ -420,11 +421,15 @@ def test_a_log_that_is_none_is_refused_and_a_lost_one_begun_again(
     config = configured(target, corpus, tmp_path / "run", steps=2)
     train(config)
     log = config.run / "log.csv"
+    kept = log.read_text()
     log.write_bytes(b"\x89PNG\r\n no log\n1,2\n")
-    with pytest.raises(OsdError, match=r"log\.csv is no log of a run; remove it"):
+    with pytest.raises(OsdError, match=r"log\.csv is no log of a run .*; remove it"):
+        train(config)
+    log.write_text(kept.replace("0,,,,", "0,,,,x", 1))
+    with pytest.raises(OsdError, match="is no log of a run"):
         train(config)
     log.unlink()
-    train(config)
+    assert train(config).before is None
     assert [step for step, _ in read_measured(config.run)] == [2]
 
 
