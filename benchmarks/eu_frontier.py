@@ -4,7 +4,7 @@
 
 Starts from benchmarks/drafts/residual.yaml and changes one thing at a time: layers tapped, rank,
 factors, width, the objective, a quarter of the texts; takes K = 1 to 8 drafts of one student; and
-from benchmarks/drafts/exit.yaml, with 1 to 3 own layers. Measured against EU* on `gsm8k-dev`
+from benchmarks/drafts/exit.yaml, with 1 and 3 own layers. Measured against EU* on `gsm8k-dev`
 (benchmarks/eu_texts.py), answers to training questions that no draft was trained on, so that
 nothing is chosen by the texts that benchmarks/eu_rmse.py reports.
 
@@ -14,10 +14,8 @@ Writes benchmarks/results/eu_frontier.json and docs/eu_frontier.md. Goes on wher
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -30,9 +28,10 @@ from eu_reference import described, load, machine, reference_of
 from eu_rmse import ESTIMATES
 from eu_table import interval, line
 
-from drafts.manifest import load_ensemble
+from drafts.manifest import Ensemble, load_ensemble
+from drafts.shipped import TRAINING_NAME
 from osd.config import DistillConfig, read_config
-from osd.corpus import Corpus
+from osd.ensemble import training_config
 from osd.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +49,7 @@ RESIDUAL: dict[str, dict[str, Any]] = {
     "likelihood alone": {"match": 0.0},
 }
 EXIT: dict[str, dict[str, Any]] = {
-    f"exit, {own} own layers": {"own_layers": own, "layer": 30 - own} for own in (1, 2, 3)
+    f"exit, {own} own layers": {"own_layers": own, "layer": 30 - own} for own in (1, 3)
 }
 QUARTER = "a quarter of the texts"
 DRAWS = (1, 2, 4, 8)
@@ -70,10 +69,11 @@ def main() -> None:
     truth = [eu.whole for eu in reference]
     values = root / "eu_estimates" / f"{label}-v{ESTIMATES}"
     rows = [row(eu_estimators.constant(truth), truth)]
-    for name, changes in (RESIDUAL | {QUARTER: {}} | EXIT).items():
-        config = shaped(name, changes, arguments.steps)
-        train(config)  # goes on, or says that the run is of another configuration
-        ensemble = load_ensemble(config.run / "ensemble")
+    shapes = RESIDUAL | {QUARTER: {}} | EXIT
+    for name, changes in shapes.items():
+        steps = arguments.steps // 4 if name == QUARTER else arguments.steps
+        config = shaped(name, changes, steps)
+        ensemble = trained(config)
         counts = (1,) if name in EXIT else DRAWS if name == BASE else (4,)
         for count in counts:
             chosen = eu_estimators.first_drafts(ensemble, count)
@@ -111,19 +111,18 @@ def shaped(name: str, changes: dict[str, Any], steps: int) -> DistillConfig:
         "steps": steps,
         "evaluate_every": steps,
     }
-    if name == QUARTER:
-        values["corpus"] = quarter(base.corpus)
     return DistillConfig.model_validate(values)
 
 
-def quarter(whole: Path) -> Path:
-    """Every fourth text of a corpus, as a corpus beside it."""
-    texts = Corpus(whole)
-    folder = whole.with_name(f"{whole.name}-quarter")
-    every = texts.read(vocab_size=sys.maxsize)  # the trainer checks token ids
-    of = hashlib.sha256(json.dumps(texts.parts, sort_keys=True).encode()).hexdigest()
-    Corpus(folder, texts.about | {"quarter_of": of}).add(0, every[::4])
-    return folder
+def trained(config: DistillConfig) -> Ensemble:
+    """The drafts of a configuration; those of an earlier run of it are taken as they are."""
+    folder = config.run / "ensemble"
+    if (folder / TRAINING_NAME).exists():
+        of = json.loads((folder / TRAINING_NAME).read_text())["config"]
+        if of == training_config(config):
+            return load_ensemble(folder)
+    train(config)  # goes on, or says that the run is of another configuration
+    return load_ensemble(folder)
 
 
 def write_table(result: dict[str, Any], file: Path) -> None:
@@ -133,8 +132,8 @@ def write_table(result: dict[str, Any], file: Path) -> None:
         "# Shapes of drafts",
         "",
         "Written by `python benchmarks/eu_frontier.py` from `benchmarks/results/eu_frontier.json`. "
-        f"One student of each shape, {result['steps']} steps of 4 texts ({QUARTER}: which it sees "
-        "several times, where the others see each text once or not at all), measured on "
+        f"One student of each shape, {result['steps']} steps (residual: of 4 texts, exit: of 3; none "
+        f"is seen twice; *{QUARTER}*: a quarter of the steps), measured on "
         f"{about['tokens']} tokens of answers to training questions that no draft saw, against EU* "
         f"of M = {about['draws']} draws (mean {about['mean']:.3f}, own noise "
         f"{about['noise_rms']:.3f}). Columns as in [eu_rmse.md](eu_rmse.md).",

@@ -45,7 +45,7 @@ def write_ensemble(
     target = str(local.resolve()) if local.is_dir() else config.target
     write_manifest(building, config.name, version, target, named, config.revision)
     training = {
-        "config": config.model_dump(mode="json", exclude={"run", "corpus", "device"}),
+        "config": training_config(config),
         "corpus": corpus,
         "held out": {step: measured._asdict() for step, measured in read_measured(config.run)},
     }
@@ -54,6 +54,11 @@ def write_ensemble(
     open_to_readers(building)
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
+
+
+def training_config(config: DistillConfig) -> dict[str, Any]:
+    """What a finished ensemble says of the run that made it."""
+    return config.model_dump(mode="json", exclude={"run", "corpus", "device"})
 
 
 def letters() -> Iterator[str]:
