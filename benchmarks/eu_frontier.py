@@ -132,8 +132,8 @@ def write_table(result: dict[str, Any], file: Path) -> None:
         "# Shapes of drafts",
         "",
         "Written by `python benchmarks/eu_frontier.py` from `benchmarks/results/eu_frontier.json`. "
-        f"One student of each shape, {result['steps']} steps (residual: of 4 texts, exit: of 3; none "
-        f"is seen twice; *{QUARTER}*: a quarter of the steps), measured on "
+        f"One student of each shape, {result['steps']} steps (residual: of 4 texts, exit: of 3; "
+        f"none is seen twice; *{QUARTER}*: a quarter of the steps), measured on "
         f"{about['tokens']} tokens of answers to training questions that no draft saw, against EU* "
         f"of M = {about['draws']} draws (mean {about['mean']:.3f}, own noise "
         f"{about['noise_rms']:.3f}). Columns as in [eu_rmse.md](eu_rmse.md).",
