@@ -3,7 +3,7 @@
     python benchmarks/eu_frontier.py
 
 Starts from benchmarks/drafts/residual.yaml and changes one thing at a time: layers tapped, rank,
-factors, width, the objective, a quarter of the texts; takes K = 1 to 8 drafts of one student; and
+factors, the number of texts; takes K = 1 to 8 drafts of one student; and
 from benchmarks/drafts/exit.yaml, with 1 and 3 own layers. Measured against EU* on `gsm8k-dev`
 (benchmarks/eu_texts.py), answers to training questions that no draft was trained on, so that
 nothing is chosen by the texts that benchmarks/eu_rmse.py reports.
@@ -45,8 +45,6 @@ RESIDUAL: dict[str, dict[str, Any]] = {
     "one tap, layer 27": {"taps": [27]},
     "rank 64": {"rank": 64},
     "1 factor": {"factors": 1},
-    "width 96": {"width": 96},
-    "likelihood alone": {"match": 0.0},
 }
 EXIT: dict[str, dict[str, Any]] = {
     f"exit, {own} own layers": {"own_layers": own, "layer": 30 - own} for own in (1, 3)
