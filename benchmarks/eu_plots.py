@@ -65,13 +65,14 @@ def plot_cost(rows: list[dict[str, Any]], file: Path) -> None:
 
 def plot_training(runs: dict[str, list[tuple[int, Agreement]]], file: Path) -> None:
     """Held-out KL to the posterior mean, and the drafts' JSD, as training goes on."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), layout="constrained")
     shown = ("kl_drafts", "KL(p_T ‖ q_k), nats"), ("jsd", "JSD of the drafts, nats")
     for axis, (field, label) in zip(axes, shown, strict=True):
         for name, measured in runs.items():
             values = [getattr(agreement, field) for _, agreement in measured]
-            axis.plot([step for step, _ in measured], values, "o-", markersize=3, label=name)
-        axis.set(xlabel="step", ylabel=label, ylim=(0, None))
-    axes[0].legend()
+            shares = [step / measured[-1][0] for step, _ in measured]
+            axis.plot(shares, np.maximum(values, 1e-5), "o-", markersize=3, label=name)
+        axis.set(xlabel="share of the steps", ylabel=label, yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
