@@ -3,8 +3,8 @@
     python benchmarks/eu_frontier.py
 
 Starts from benchmarks/drafts/residual.yaml and changes one thing at a time: layers tapped, rank,
-factors, the number of texts; takes K = 1 to 8 drafts of one student; and
-from benchmarks/drafts/exit.yaml, with 1 and 3 own layers. Measured against EU* on `gsm8k-dev`
+factors, the number of texts; takes K = 1 to 8 drafts of one student; and from
+benchmarks/drafts/exit.yaml, with 1 and 3 own layers. Measured against EU* on `gsm8k-dev`
 (benchmarks/eu_texts.py), answers to training questions that no draft was trained on, so that
 nothing is chosen by the texts that benchmarks/eu_rmse.py reports.
 

@@ -60,8 +60,10 @@ def synthesize(
                 per_part=per_part,
             )
         )
-    except (DraftsError, OsdError, OSError) as error:
+    except (DraftsError, OsdError) as error:
         _fail(error)
+    except OSError as error:
+        _fail_of_a_file(error)
     typer.echo(
         f"{corpus.folder} holds the answers: name it as `corpus` in a file for `demur distill`"
     )

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from filelock import FileLock
+from typer.testing import CliRunner
 
 from drafts.engine import Engine, EngineConfig
 from drafts.errors import EngineNotReady
+from osd import commands
 from osd.corpus import Corpus, Text
 from osd.errors import OsdError
 from osd.synthesize import run
@@ -32,3 +35,24 @@ async def test_a_corpus_that_is_whole_needs_no_engine_and_one_writer(
     assert (await run(folder, out, prompts, **limits)).parts
     with FileLock(out / ".lock"), pytest.raises(OsdError, match="another `demur synthesize`"):
         await run(folder, out, prompts, **limits)
+
+
+def test_errors_of_files_are_sentences_and_others_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = typer.Typer()
+    app.command()(commands.synthesize)
+    out, prompts = tmp_path / "file", tmp_path / "prompts.jsonl"
+    out.write_text("")
+    prompts.write_text('{"prompt": "Hi"}\n')
+    ensemble = mixed_ensemble(tmp_path / "ensemble")
+    options = ["--out", str(out), "--prompts", str(prompts), "--ensemble", str(ensemble)]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 1
+    assert f"error: [Errno 17] File exists: '{out}'" in done.output
+
+    async def broken(*args: Any, **kwargs: Any) -> Corpus:
+        raise TimeoutError
+
+    monkeypatch.setattr("osd.synthesize.run", broken)
+    assert isinstance(CliRunner().invoke(app, options).exception, TimeoutError)
