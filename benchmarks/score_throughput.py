@@ -35,7 +35,8 @@ from typing import Any
 from cost import draft_heads_cost, draft_layers_cost, head_cost, layers_cost, students_cost
 from tqdm import tqdm
 
-from drafts.engine import Engine, EngineConfig, set_environment
+from drafts.engine import Engine, EngineConfig
+from drafts.launch import set_environment
 from drafts.init import default_folder, init_default
 from drafts.manifest import Ensemble, load_ensemble
 from drafts.text import TextEncoder

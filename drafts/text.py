@@ -61,6 +61,8 @@ class TextEncoder:
         self._tokenizer: Any = tokenizer
         # The Rust tokenizer itself: unlike the wrapper, encoding with it changes no state.
         self._backend: Any = tokenizer.backend_tokenizer
+        added = self._backend.get_added_tokens_decoder()
+        self._special = {token_id for token_id, token in added.items() if token.special}
         self._byte_of: dict[str, int] | None = None
         if "ByteLevel" in repr(self._backend.decoder):
             self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
@@ -129,6 +131,26 @@ class TextEncoder:
             TextError: if it is empty and the target has no token to begin with.
         """
         return list(self._encoding(prompt, special=not rendered).ids) or self._beginning()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Rust tokenizer."""
+        return self._backend
+
+    def raw_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that a token adds to a text: none if it is special; None if unknown."""
+        if token_id in self._special:
+            return b""
+        return self._raw(self._backend.id_to_token(token_id) or "")
+
+    def token_text(self, token_id: int) -> str:
+        """A token shown by itself; special ones by name, parts of a character as U+FFFD."""
+        name = self._backend.id_to_token(token_id) or ""
+        if token_id in self._special:
+            return name
+        raw = self._raw(name)
+        # U+2581 is how SentencePiece writes a space.
+        return name.replace("\u2581", " ") if raw is None else raw.decode(errors="replace")
 
     def _encoding(self, text: str, *, special: bool) -> Any:
         # A batch of one: unlike `encode`, it lets other threads run meanwhile.

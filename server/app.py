@@ -12,7 +12,7 @@ from importlib import metadata
 
 from fastapi import FastAPI
 
-from server import routes
+from server import openai_routes, routes
 from server.errors import install_handlers
 from server.middleware import RequestContext
 from server.settings import Settings
@@ -48,6 +48,8 @@ def create_app(
     app.state.demur = state
     install_handlers(app)
     app.include_router(routes.scored)
+    app.include_router(openai_routes.generated)
+    app.include_router(routes.administered)
     app.include_router(routes.open_to_all)
     app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
     _drop_stock_validation_error(app)

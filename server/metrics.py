@@ -22,4 +22,5 @@ JSD = Histogram(
     "Mean disagreement among the drafts of scored responses; near zero, the drafts have collapsed",
     buckets=(0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1),
 )
+GENERATIONS = Counter("demur_generations", "Generated choices", ["finish_reason"])
 READY = Gauge("demur_ready", "1 while the engine answers")

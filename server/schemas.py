@@ -21,26 +21,29 @@ from pydantic import (
 _UNUSABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
-class _Request(BaseModel):
+class StrictBody(BaseModel):
+    """Base of what clients send: unknown fields are refused."""
+
     # Strict: "0.5" is no number and 1 is no truth value.
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """The text itself; a ValueError if it holds what no text should."""
     if match := _UNUSABLE.search(text):
         kind = "unpaired surrogate" if match[0] >= "\ud800" else "control character"
         raise ValueError(f"holds the {kind} U+{ord(match[0]):04X} at position {match.start()}")
     return text
 
 
-class TextPart(_Request):
+class TextPart(StrictBody):
     """A part of a message's content, as OpenAI has it."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Request):
+class Message(StrictBody):
     """A turn of the conversation that the response answers."""
 
     role: Literal["system", "user", "assistant"]
@@ -58,11 +61,11 @@ class Message(_Request):
 
     @model_validator(mode="after")
     def _no_control_characters(self) -> Message:
-        _plain(self.text)
+        plain(self.text)
         return self
 
 
-class ScoreRequest(_Request):
+class ScoreRequest(StrictBody):
     """A response to score, with what it answers: either messages or a prompt."""
 
     model: str | None = Field(
@@ -85,7 +88,7 @@ class ScoreRequest(_Request):
     @field_validator("model", "prompt", "response")
     @classmethod
     def _no_control_characters(cls, text: str | None) -> str | None:
-        return text if text is None else _plain(text)
+        return text if text is None else plain(text)
 
     @model_validator(mode="after")
     def _one_context(self) -> ScoreRequest:
@@ -221,6 +224,24 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class Draft(BaseModel):
+    """A draft beside the target."""
+
+    name: str
+    kind: Literal["model", "exit", "residual"]
+    layer: int | None = Field(description="of the target, that an `exit` reads")
+    draw: int | None = Field(description="of a `residual` student's draws, which one it is")
+
+
+class DraftList(BaseModel):
+    """The drafts that serve."""
+
+    object: Literal["list"] = "list"
+    weights_version: str
+    target: str
+    data: list[Draft]
 
 
 class Status(BaseModel):

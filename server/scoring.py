@@ -15,20 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from drafts.aggregate import aggregate
-from drafts.errors import EngineNotReady, NonFiniteError
-from drafts.scores import ScoringEngine, TokenScores
+from drafts.scores import TokenScores
 from drafts.spans import Span, find_spans
-from drafts.text import EncodedText, TextEncoder, TextError, TooManyTokens
+from drafts.text import EncodedText
 from server import metrics, schemas
-from server.errors import (
-    ApiError,
-    BadRequest,
-    DeadlineExceeded,
-    NotFound,
-    NotReady,
-    TooLarge,
-    from_validation,
-)
+from server.errors import ApiError, DeadlineExceeded, from_validation
+from server.served import Served, told_to_clients
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,14 +29,9 @@ logger = logging.getLogger(__name__)
 class Scorer:
     """Scores validated requests with one engine."""
 
-    def __init__(
-        self, name: str, engine: ScoringEngine, encoder: TextEncoder, settings: Settings
-    ) -> None:
-        self.name = name
-        self.engine = engine
-        self.encoder = encoder
+    def __init__(self, served: Served, settings: Settings) -> None:
+        self.served = served
         self.settings = settings
-        self.created = int(time.time())
 
     async def score(self, request: schemas.ScoreRequest) -> schemas.ScoreResponse:
         """Score one response within the deadline; `ApiError` says why it could not be."""
@@ -63,9 +50,10 @@ class Scorer:
         return answer
 
     async def _score(self, request: schemas.ScoreRequest) -> schemas.ScoreResponse:
-        self._check_model(request.model)
-        text = await asyncio.to_thread(self._encode, request)
-        scores = await self._measure(text)
+        self.served.check_model(request.model)
+        with told_to_clients():
+            text = await asyncio.to_thread(self._encode, request)
+            scores = await self.served.engine.score(text.token_ids, text.response_start)
         offsets = [(token.start, token.end) for token in text.tokens]
         spans = find_spans(request.response, offsets, scores.epistemic)
         sequence = aggregate(scores)
@@ -75,17 +63,15 @@ class Scorer:
         return schemas.ScoreResponse(
             id=f"score-{uuid.uuid4().hex}",
             created=int(time.time()),
-            model=self.name,
-            estimator=schemas.Estimator(
-                drafts=self.engine.n_drafts, weights_version=scores.weights_version
-            ),
+            model=self.served.name,
+            estimator=self.served.estimator(scores.weights_version),
             hallucination_score=hallucination_score,
             flagged=None,
             threshold=request.threshold,
             sequence=sequence,
             tokens=_tokens(request.response, text, scores),
-            spans=_spans(request.response, spans),
-            usage=_usage(text.response_start, len(scores)),
+            spans=spans_out(request.response, spans),
+            usage=usage_out(text.response_start, len(scores)),
         )
 
     async def score_list(self, items: list[Any]) -> schemas.ScoreList:
@@ -114,41 +100,22 @@ class Scorer:
         usages = [item.score.usage for item in data if item.score is not None]
         return schemas.ScoreList(
             data=data,
-            usage=_usage(
+            usage=usage_out(
                 sum(usage.prompt_tokens for usage in usages),
                 sum(usage.completion_tokens for usage in usages),
             ),
         )
 
-    def _check_model(self, model: str | None) -> None:
-        if model is not None and model != self.name:
-            raise NotFound(
-                f"model '{model}' is not served here; '{self.name}' is",
-                param="model",
-                code="model_not_found",
-            )
-
     def _encode(self, request: schemas.ScoreRequest) -> EncodedText:
-        try:
-            prompt, rendered = request.prompt or "", False
-            if request.messages is not None:
-                messages = [{"role": turn.role, "content": turn.text} for turn in request.messages]
-                prompt, rendered = self.encoder.render(messages), True
-            return self.encoder.encode(
-                prompt, request.response, rendered=rendered, max_tokens=self.engine.max_tokens
-            )
-        except TooManyTokens as error:
-            raise TooLarge(str(error), code="context_length_exceeded") from error
-        except TextError as error:
-            raise BadRequest(str(error), code="invalid_text") from error
-
-    async def _measure(self, text: EncodedText) -> TokenScores:
-        try:
-            return await self.engine.score(text.token_ids, text.response_start)
-        except EngineNotReady as error:
-            raise NotReady(str(error), retry_after_s=30) from error
-        except NonFiniteError as error:
-            raise ApiError(str(error), code="not_finite") from error
+        prompt, rendered = request.prompt or "", False
+        if request.messages is not None:
+            prompt, rendered = self.served.render(request.messages), True
+        return self.served.encoder.encode(
+            prompt,
+            request.response,
+            rendered=rendered,
+            max_tokens=self.served.engine.max_tokens,
+        )
 
 
 def _tokens(response: str, text: EncodedText, scores: TokenScores) -> list[schemas.Token]:
@@ -172,7 +139,8 @@ def _tokens(response: str, text: EncodedText, scores: TokenScores) -> list[schem
     ]
 
 
-def _spans(response: str, spans: list[Span]) -> list[schemas.SpanOut]:
+def spans_out(response: str, spans: list[Span]) -> list[schemas.SpanOut]:
+    """Spans as they are answered, with their text."""
     return [
         schemas.SpanOut(
             start=span.start,
@@ -192,7 +160,8 @@ def _observe(text: EncodedText, scores: TokenScores, sequence: dict[str, float |
     metrics.JSD.observe(sequence["jsd_mean"])
 
 
-def _usage(prompt: int, completion: int) -> schemas.Usage:
+def usage_out(prompt: int, completion: int) -> schemas.Usage:
+    """Token counts as they are answered."""
     return schemas.Usage(
         prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
     )

@@ -6,10 +6,10 @@ The file is `demur.toml` in the working folder, or whatever `DEMUR_CONFIG` names
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-import tomllib
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -19,8 +19,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from drafts.engine import EngineConfig
 from drafts.init import default_folder
+from drafts.launch import EngineConfig
 
 
 class Settings(BaseSettings, EngineConfig):
@@ -36,6 +36,9 @@ class Settings(BaseSettings, EngineConfig):
     port: int = Field(default=8000, ge=0, le=65535)
     api_keys: list[SecretStr] = Field(
         default=[], description="bearer keys that may score; none means that everybody may"
+    )
+    admin_keys: list[SecretStr] = Field(
+        default=[], description="bearer keys that may see and change the drafts too"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -70,7 +73,7 @@ class Settings(BaseSettings, EngineConfig):
             raise ValueError(f"{path} cannot be read: {error}") from error
         return init_settings, env_settings, file
 
-    @field_validator("api_keys")
+    @field_validator("api_keys", "admin_keys")
     @classmethod
     def _no_empty_key(cls, keys: list[SecretStr]) -> list[SecretStr]:
         # An empty one, as an unset variable leaves it, would fit a request without any key.
@@ -111,5 +114,6 @@ def read_settings(**given: Any) -> Settings:
         raise ValueError("; ".join(lines)) from error
     except SettingsError as error:  # only lists are parsed before they are validated
         raise ValueError(
-            """DEMUR_API_KEYS must be a JSON list, as in '["first-key", "second-key"]'"""
+            "DEMUR_API_KEYS and DEMUR_ADMIN_KEYS must be JSON lists, as in "
+            """'["first-key", "second-key"]'"""
         ) from error

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
-from drafts.engine import Engine, abandon_start
+from drafts.engine import Engine
 from drafts.errors import DraftsError, EngineNotReady
+from drafts.launch import abandon_start
 from drafts.manifest import load_ensemble
-from drafts.scores import ScoringEngine
+from drafts.scores import ServingEngine
 from drafts.text import TextEncoder
 from server import metrics
 from server.admission import Admission
+from server.generation import Generator
 from server.scoring import Scorer
+from server.served import Served
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -21,10 +25,10 @@ logger = logging.getLogger(__name__)
 _ABANDON_EVERY_S = 0.2
 
 # What brings up an engine and the texts' encoder: `start_engine`, or a fake in HTTP tests.
-Start = Callable[[Settings], Awaitable[tuple[str, ScoringEngine, TextEncoder]]]
+Start = Callable[[Settings], Awaitable[tuple[str, ServingEngine, TextEncoder]]]
 
 
-async def start_engine(settings: Settings) -> tuple[str, ScoringEngine, TextEncoder]:
+async def start_engine(settings: Settings) -> tuple[str, ServingEngine, TextEncoder]:
     """The model's name, its engine and its encoder."""
     # The encoder first: what is wrong with it shows at once, and not after the engine has loaded.
     ensemble = await asyncio.to_thread(load_ensemble, settings.ensemble)
@@ -33,13 +37,23 @@ async def start_engine(settings: Settings) -> tuple[str, ScoringEngine, TextEnco
     return ensemble.manifest.name, engine, encoder
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What answers requests once the engine is up."""
+
+    settings: Settings
+    served: Served
+    scorer: Scorer
+    generator: Generator
+
+
 class State:
-    """Settings, admission and, once it is up, the scorer."""
+    """Settings, admission and, once it is up, what is served and what answers with it."""
 
     def __init__(self, settings: Settings, start: Start) -> None:
         self.settings = settings
         self.admission = Admission(settings.max_pending)
-        self.scorer: Scorer | None = None
+        self.serving: Serving | None = None
         self.failure: str | None = None
         self._start = start
         self._starting: asyncio.Task[None] | None = None
@@ -59,7 +73,13 @@ class State:
             logger.exception("unexpected error while starting")
             self._fail(f"{type(error).__name__}: {error}", on_failure)
             return
-        self.scorer = Scorer(name, engine, encoder, self.settings)
+        served = Served(name, engine, encoder)
+        self.serving = Serving(
+            settings=self.settings,
+            served=served,
+            scorer=Scorer(served, self.settings),
+            generator=Generator(served, self.settings, self.admission),
+        )
         if self._ending:
             return
         metrics.READY.set(1)
@@ -74,10 +94,10 @@ class State:
 
     async def healthy(self) -> bool:
         """Starting counts as healthy; a failed start or a dead engine does not."""
-        if self.scorer is None:
+        if self.serving is None:
             return self.failure is None
         try:
-            await self.scorer.engine.check_health()
+            await self.serving.served.engine.check_health()
         except EngineNotReady as error:
             if self.failure is None:
                 logger.error("%s", error)
@@ -98,5 +118,5 @@ class State:
             # A thread that builds the engine cannot be stopped, what it waits for can.
             abandon_start()
             await asyncio.wait({self._starting}, timeout=_ABANDON_EVERY_S)
-        if self.scorer is not None:
-            await self.scorer.engine.shutdown()
+        if self.serving is not None:
+            await self.serving.served.engine.shutdown()

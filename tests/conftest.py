@@ -52,7 +52,7 @@ async def run_service(encoder: TextEncoder, **settings: Any) -> AsyncIterator[Se
 
     app = create_app(Settings(ensemble=Path("unused"), **settings), start)
     async with app.router.lifespan_context(app):
-        while app.state.demur.scorer is None:
+        while app.state.demur.serving is None:
             await asyncio.sleep(0)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://demur") as client:

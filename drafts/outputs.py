@@ -1,0 +1,97 @@
+"""What is asked of vLLM for a request, and what is read from its answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from drafts import channel
+from drafts.scores import Generated, Sampling, TokenScores
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+
+def scoring_params(response_start: int) -> SamplingParams:
+    """One prefill, with the measures of the prompt's tokens from `response_start` on."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=channel.M,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={channel.MEASURE_FROM: response_start},
+    )
+
+
+def generation_params(sampling: Sampling, n_prompt: int) -> SamplingParams:
+    """A generation that hands over its tokens as they come."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        logprobs=channel.M + sampling.top if sampling.measured else None,
+        flat_logprobs=sampling.measured,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={channel.MEASURE_FROM: n_prompt} if sampling.measured else None,
+    )
+
+
+def read_prompt(flat: Any, first: int, vocab: int, version: str) -> TokenScores:
+    """Measures of a prompt's tokens from `first` on, of vLLM's `FlatLogprobs`."""
+    # Row i is of token i: first the token itself, then the top M raw values.
+    width = channel.M + 1
+    begin = flat.start_indices[first]
+    values = np.asarray(flat.logprobs[begin:], dtype=np.float64).reshape(-1, width)
+    ids = np.asarray(flat.token_ids[begin:], dtype=np.int64).reshape(-1, width)
+    ranks = np.asarray(flat.ranks[begin:], dtype=np.int64).reshape(-1, width)[:, 0]
+    columns = channel.decode(values[:, 0], ids[:, 1:], values[:, 1:], vocab)
+    return _scores(columns, ranks, version)
+
+
+def read_step(output: Any, vocab: int, version: str) -> Generated:
+    """The tokens of one of vLLM's `CompletionOutput`s: one, or several if it got ahead of us."""
+    ids = list(output.token_ids)
+    flat = output.logprobs
+    if not flat:
+        return Generated(ids, None, [[] for _ in ids], output.finish_reason)
+    values, columns, ranks, tops = [], [], [], []
+    for begin, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        # First the token itself, then the columns, then the likeliest tokens.
+        row = list(zip(flat.token_ids[begin:end], flat.logprobs[begin:end], strict=True))
+        values.append(row[0][1])
+        ranks.append(flat.ranks[begin])
+        columns.append(sorted(pair for pair in row if pair[0] >= vocab))
+        tops.append([pair for pair in row[1:] if pair[0] < vocab])
+    pairs = np.asarray(columns, dtype=np.float64).reshape(len(ids), -1, 2)
+    decoded = channel.decode(
+        np.asarray(values, dtype=np.float64), pairs[..., 0].astype(np.int64), pairs[..., 1], vocab
+    )
+    likeliest = [
+        [(token, raw - log_z) for token, raw in top]
+        for top, log_z in zip(tops, decoded["log_z"].tolist(), strict=True)
+    ]
+    scores = _scores(decoded, np.asarray(ranks, dtype=np.int64), version)
+    return Generated(ids, scores, likeliest, output.finish_reason)
+
+
+def _scores(columns: dict[str, Any], ranks: Any, version: str) -> TokenScores:
+    return TokenScores(
+        logprob=columns["logprob"],
+        rank=ranks - channel.M,  # vLLM counts the metric columns too; all lie above
+        entropy=columns["entropy"],
+        total=columns["total"],
+        jsd=columns["jsd"],
+        kl=columns["kl"],
+        weights_version=version,
+    )

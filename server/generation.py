@@ -1,0 +1,84 @@
+"""The path of a generation request.
+
+render and tokenise → engine (target and drafts, one pass a token) → text and measures of each
+token → stop? → respond; at the end spans and aggregate, as for a given text
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from server import metrics
+from server.admission import Admission
+from server.choice import Choice, Job, Part
+from server.errors import ApiError, DeadlineExceeded
+from server.served import Served, told_to_clients
+from server.settings import Settings
+
+
+class Generator:
+    """Answers jobs with one engine."""
+
+    def __init__(self, served: Served, settings: Settings, admission: Admission) -> None:
+        self.served = served
+        self.settings = settings
+        self.admission = admission
+
+    async def run(self, job: Job) -> AsyncGenerator[Part, None]:
+        """The parts of all choices, as they come. Closing it ends what is under way.
+
+        Raises:
+            ApiError: if there is no place, the deadline has passed or the engine fails.
+        """
+        parts: asyncio.Queue[Part | None] = asyncio.Queue()
+        with self.admission.take(job.n_choices):
+            work = asyncio.create_task(self._work(job, parts))
+            try:
+                while (part := await parts.get()) is not None:
+                    yield part
+                await work
+            finally:
+                work.cancel()
+                await asyncio.wait({work})
+
+    async def _work(self, job: Job, parts: asyncio.Queue[Part | None]) -> None:
+        outcome = "cancelled"
+        try:
+            async with (
+                asyncio.timeout(self.settings.request_timeout_s),
+                asyncio.TaskGroup() as group,
+            ):
+                for index in range(job.n_choices):
+                    group.create_task(self._choice(job, index, parts))
+            outcome = "ok"
+        except TimeoutError:
+            outcome = DeadlineExceeded.code
+            raise DeadlineExceeded(
+                f"not generated within {self.settings.request_timeout_s:g} s; ask for fewer tokens"
+            ) from None
+        except ExceptionGroup as errors:
+            error = errors.exceptions[0]
+            outcome = error.code if isinstance(error, ApiError) else ApiError.code
+            raise error from None
+        finally:
+            metrics.ITEMS.labels(outcome).inc(job.n_choices)
+            parts.put_nowait(None)
+
+    async def _choice(self, job: Job, index: int, parts: asyncio.Queue[Part | None]) -> None:
+        """One choice from its first token to its last."""
+        prompt = job.prompts[index // job.n]
+        choice = Choice(self.served, job, prompt)
+        metrics.TOKENS.labels("prompt").inc(len(prompt))
+        with told_to_clients():
+            async with aclosing(self.served.engine.stream(prompt, job.sampling)) as steps:
+                async for step in steps:
+                    pieces = choice.take(step)
+                    if choice.finish_reason is not None:
+                        break
+                    if pieces:
+                        parts.put_nowait(choice.part(index, pieces))
+        parts.put_nowait(choice.last_part(index, pieces))
+        metrics.TOKENS.labels("generated").inc(choice.n_generated)
+        metrics.GENERATIONS.labels(choice.finish_reason).inc()

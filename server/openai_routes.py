@@ -1,0 +1,76 @@
+"""OpenAI's routes. They translate between HTTP and the service, and decide nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from server import openai_schemas as schemas
+from server.admission import ClientGone, unless_gone
+from server.auth import authorise
+from server.dependencies import errors, serving
+from server.event_stream import EventStream
+from server.jobs import chat_job, completion_job
+from server.openai_answers import Answer, ChatAnswer, TextAnswer, events, whole
+from server.state import Serving
+
+generated = APIRouter(
+    prefix="/v1",
+    dependencies=[Depends(authorise)],
+    responses=errors(400, 401, 404, 413, 429, 500, 503, 504),
+)
+
+
+def _or_events(chunk: str) -> dict[int | str, dict[str, Any]]:
+    description = f"With `stream`, server-sent events, each a {chunk}; `[DONE]` is the last."
+    return {200: {"description": description, "content": {"text/event-stream": {}}}}
+
+
+@generated.post(
+    "/chat/completions",
+    summary="Go on with a conversation",
+    response_model=schemas.ChatCompletion,
+    responses=_or_events("chat.completion.chunk"),
+)
+async def chat_completions(
+    body: schemas.ChatRequest,
+    request: Request,
+    serving: Annotated[Serving, Depends(serving)],
+) -> Response:
+    """OpenAI's, with the uncertainty of each token as it is generated."""
+    job = await chat_job(body, serving.served, serving.settings)
+    return await _respond(request, body, serving, ChatAnswer(serving.served, job))
+
+
+@generated.post(
+    "/completions",
+    summary="Go on with a text",
+    response_model=schemas.TextCompletion,
+    responses=_or_events("text_completion"),
+)
+async def completions(
+    body: schemas.CompletionRequest,
+    request: Request,
+    serving: Annotated[Serving, Depends(serving)],
+) -> Response:
+    """OpenAI's, with the uncertainty of each token as it is generated."""
+    job = await completion_job(body, serving.served, serving.settings)
+    return await _respond(request, body, serving, TextAnswer(serving.served, job))
+
+
+async def _respond(
+    request: Request, body: schemas.GenerationBody, serving: Serving, answer: Answer
+) -> Response:
+    parts = serving.generator.run(answer.job)
+    try:
+        if not body.stream:
+            content = await unless_gone(request, whole(answer, parts))
+            return Response(content, media_type="application/json")
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        stream = events(answer, parts, include_usage)
+        # The first event before the answer begins: until then an error can have its own status.
+        first = await unless_gone(request, anext(stream))
+    except ClientGone:
+        return Response(status_code=499)  # nobody reads it; the log and the metrics do
+    return EventStream(first, stream, within_s=serving.settings.request_timeout_s)

@@ -1,0 +1,56 @@
+"""What is served: an ensemble's engine and the encoder of its texts; how their errors are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from drafts.errors import EngineNotReady, NonFiniteError
+from drafts.scores import ServingEngine
+from drafts.text import TextEncoder, TextError, TooManyTokens
+from server import schemas
+from server.errors import ApiError, BadRequest, NotFound, NotReady, TooLarge
+
+
+@dataclass(frozen=True)
+class Served:
+    """The one ensemble of this service."""
+
+    name: str
+    engine: ServingEngine
+    encoder: TextEncoder
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, model: str | None) -> None:
+        """Raise `NotFound` if a request names another model."""
+        if model is not None and model != self.name:
+            raise NotFound(
+                f"model '{model}' is not served here; '{self.name}' is",
+                param="model",
+                code="model_not_found",
+            )
+
+    def render(self, messages: list[schemas.Message]) -> str:
+        """A conversation as the target's chat template writes it."""
+        return self.encoder.render([{"role": m.role, "content": m.text} for m in messages])
+
+    def estimator(self, weights_version: str) -> schemas.Estimator:
+        """What produced an answer's numbers."""
+        return schemas.Estimator(drafts=self.engine.n_drafts, weights_version=weights_version)
+
+
+@contextmanager
+def told_to_clients() -> Iterator[None]:
+    """Errors of texts and of the engine, as `ApiError`s."""
+    try:
+        yield
+    except TooManyTokens as error:
+        raise TooLarge(str(error), code="context_length_exceeded") from error
+    except TextError as error:
+        raise BadRequest(str(error), code="invalid_text") from error
+    except EngineNotReady as error:
+        raise NotReady(str(error), retry_after_s=30) from error
+    except NonFiniteError as error:
+        raise ApiError(str(error), code="not_finite") from error
