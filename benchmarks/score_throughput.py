@@ -36,8 +36,8 @@ from cost import draft_heads_cost, draft_layers_cost, head_cost, layers_cost, st
 from tqdm import tqdm
 
 from drafts.engine import Engine, EngineConfig
-from drafts.launch import set_environment
 from drafts.init import default_folder, init_default
+from drafts.launch import set_environment
 from drafts.manifest import Ensemble, load_ensemble
 from drafts.text import TextEncoder
 

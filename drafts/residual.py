@@ -118,26 +118,50 @@ def draw_scale(drawn_KTr: Tensor, kl_T: Tensor, directions_Vr: Tensor, logits_TV
 def _scale_block(
     drawn_KTr: Tensor, kl_T: Tensor, directions_Vr: Tensor, logits_TV: Tensor
 ) -> Tensor:
-    top_Tn, tokens = logits_TV.float().topk(min(LOCAL_TOKENS, logits_TV.shape[-1]), -1)
-    logp_T1n = torch.log_softmax(top_Tn, -1).unsqueeze(1)
-    shift_TKn = drawn_KTr.transpose(0, 1) @ directions_Vr[tokens].float().transpose(1, 2)
+    top_Tn, tokens_Tn = likeliest(logits_TV)
+    change_TKn = drawn_KTr.transpose(0, 1) @ directions_Vr[tokens_Tn].float().transpose(1, 2)
+    mean_1K = torch.full((1, len(drawn_KTr)), 1 / len(drawn_KTr), device=kl_T.device)
+    return local_scale(change_TKn.transpose(0, 1), top_Tn, kl_T.unsqueeze(0), mean_1K)[0]
 
-    def mean_kl(s_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean KL, and its derivative by log s."""
-        logq_TKn = torch.log_softmax(logp_T1n + s_T[:, None, None] * shift_TKn, -1)
-        q_TKn = logq_TKn.exp()
-        mean_TK1 = (q_TKn * shift_TKn).sum(-1, keepdim=True)
-        variance_TK = (q_TKn * (shift_TKn - mean_TK1).square()).sum(-1)
-        kl_TK = (q_TKn * (logq_TKn - logp_T1n)).sum(-1)
-        return kl_TK.mean(-1).clamp_min(_TINY), s_T.square() * variance_TK.mean(-1)
+
+def likeliest(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and ids of the tokens over which `local_scale` works, likeliest first, [T, n]."""
+    top_Tn, tokens_Tn = logits_TV.float().topk(min(LOCAL_TOKENS, logits_TV.shape[-1]), -1)
+    return top_Tn, tokens_Tn
+
+
+def local_scale(change_KTn: Tensor, top_Tn: Tensor, kl_ST: Tensor, mean_SK: Tensor) -> Tensor:
+    """`draw_scale` of S students at once, from what their K draws do to the likeliest tokens.
+
+    Args:
+        change_KTn: the changes of those tokens' logits by each draw, float32.
+        top_Tn: their logits.
+        kl_ST: what each student wants the mean KL(q_k || p) of its draws to be.
+        mean_SK: row s takes the mean over the draws of student s.
+
+    Returns:
+        The scales, [S, T].
+    """
+    logp_Tn = torch.log_softmax(top_Tn, -1)
+    draws_KS = (mean_SK > 0).T.float()
+
+    def mean_kl(s_ST: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean KL of each student, and its derivative by log s."""
+        s_KT1 = (draws_KS @ s_ST).unsqueeze(-1)
+        logq_KTn = torch.log_softmax(logp_Tn + s_KT1 * change_KTn, -1)
+        q_KTn = logq_KTn.exp()
+        mean_KT1 = (q_KTn * change_KTn).sum(-1, keepdim=True)
+        variance_KT = (q_KTn * (change_KTn - mean_KT1).square()).sum(-1)
+        kl_KT = (q_KTn * (logq_KTn - logp_Tn)).sum(-1)
+        return (mean_SK @ kl_KT).clamp_min(_TINY), s_ST.square() * (mean_SK @ variance_KT)
 
     # To second order, KL is half its derivative by log s and grows as s^2: the first guess.
-    _, slope = mean_kl(torch.full_like(kl_T, _SMALL))
-    log_s = math.log(_SMALL) + 0.5 * ((2 * kl_T).clamp_min(_TINY) / (slope + _TINY)).log()
+    _, slope = mean_kl(torch.full_like(kl_ST, _SMALL))
+    log_s = math.log(_SMALL) + 0.5 * ((2 * kl_ST).clamp_min(_TINY) / (slope + _TINY)).log()
     log_s = log_s.clamp(*_LOG_SCALES)
     for _ in range(LOCAL_STEPS):
         found, slope = mean_kl(log_s.exp())
-        step = (kl_T.clamp_min(_TINY).log() - found.log()) * found / slope.clamp_min(_TINY)
+        step = (kl_ST.clamp_min(_TINY).log() - found.log()) * found / slope.clamp_min(_TINY)
         log_s = (log_s + step.clamp(-1, 1)).clamp(*_LOG_SCALES)
     return log_s.exp()
 

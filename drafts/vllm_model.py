@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from drafts.divergence import block_rows, measure_block
 from drafts.errors import DraftsError
 from drafts.manifest import Ensemble, ExitDraft, Member, ModelDraft, ResidualDraft, load_ensemble
 from drafts.residual import ResidualHead
+from drafts.residual_group import ResidualGroup
 from drafts.weights import read_member
 
 if TYPE_CHECKING:
@@ -98,6 +99,20 @@ class MaskMetricColumns(LogitsProcessor):  # type: ignore[misc]
         )
 
 
+class _Draft(NamedTuple):
+    """A draft's logits of a block of rows; or, with a scale, how it changes the target's."""
+
+    values_BV: Tensor
+    scale_B: Tensor | None = None
+
+    def logits(self, part: slice, target_BV: Tensor) -> Tensor:
+        """Its logits of some of the rows, float32; those of the target are given."""
+        values_BV = self.values_BV[part].float()
+        if self.scale_B is None:
+            return values_BV
+        return torch.addcmul(target_BV, self.scale_B[part].unsqueeze(-1), values_BV)
+
+
 class EnsembleForCausalLM(nn.Module):
     """A target and its drafts, scheduled, batched and paged by vLLM as one model.
 
@@ -128,9 +143,7 @@ class EnsembleForCausalLM(nn.Module):
             if isinstance(member.draft, ExitDraft):
                 self.exits.add(member.draft.name)
         students = list(ensemble.students().values())
-        self.students: Any = nn.ModuleList(ResidualHead(config) for config, _ in students)
-        self.draws = [draws for _, draws in students]
-        self.directions: list[Tensor] = []
+        self.students: Any = ResidualGroup(students) if students else None
         # Columns of a row that `forward` returns.
         d = ensemble.target_config.hidden_size
         own = [member.config.hidden_size for member in ensemble.members if _is_run(member)]
@@ -163,8 +176,8 @@ class EnsembleForCausalLM(nn.Module):
                 parts.append(module(None, positions, inputs_embeds=state))
             elif isinstance(member.draft, ModelDraft):
                 parts.append(self.members[member.draft.name](input_ids, positions))
-        for student in self.students:
-            parts.extend(state_of[layer] for layer in student.config.taps)
+        for config, _ in self.ensemble.students().values():
+            parts.extend(state_of[layer] for layer in config.taps)
         parts.append(_measure_from.rows(positions).unsqueeze(-1).to(h_Td.dtype))
         return torch.cat(parts, dim=-1)
 
@@ -185,7 +198,6 @@ class EnsembleForCausalLM(nn.Module):
         loaded = {f"target.{name}" for name in self.target.load_weights(weights)}
         for module, tensors in self._read(self.ensemble):
             module.load_weights(tensors.items())
-        self._direct()
         # `read_member` has seen to it that a draft's files hold all that its config asks for.
         drafts = ("members.", "students.")
         return loaded | {name for name, _ in self.named_parameters() if name.startswith(drafts)}
@@ -208,32 +220,41 @@ class EnsembleForCausalLM(nn.Module):
         wanted = wanted_B1.squeeze(-1).nonzero().squeeze(-1)
         if wanted.numel() == 0:
             return
-        draft_logits = self._draft_logits(
-            h_Bd[wanted], [state[wanted] for state in states], logits_BV[wanted]
-        )
+        drafts = self._drafts(h_Bd[wanted], [state[wanted] for state in states], logits_BV[wanted])
         values_MB = out_BW.new_empty(channel.M, wanted.numel())
-        size = block_rows(len(draft_logits) * self.vocab_size, out_BW.device)
+        size = block_rows(len(drafts) * self.vocab_size, out_BW.device)
         for start in range(0, wanted.numel(), size):
             part = slice(start, start + size)
-            logits_KBV = torch.stack([logits[part].float() for logits in draft_logits])
-            measure_block(logits_KBV, logits_BV[wanted[part]], values_MB[:, part])
+            target_BV = logits_BV[wanted[part]]
+            logits_KBV = torch.stack([draft.logits(part, target_BV) for draft in drafts])
+            measure_block(logits_KBV, target_BV, values_MB[:, part])
         values_MB[:, broken_B[wanted]] = torch.nan
         columns_BM[wanted] = channel.encode(values_MB.T)
 
-    def _draft_logits(self, h_Bd: Tensor, states: list[Tensor], target_BV: Tensor) -> list[Tensor]:
-        """Logits [B, V] of each draft."""
+    def _drafts(self, h_Bd: Tensor, states: list[Tensor], target_BV: Tensor) -> list[_Draft]:
+        """What makes the logits of each draft."""
         own, taps = states[: len(self.members)], states[len(self.members) :]
-        logits = []
-        for (name, module), state in zip(self.members.items(), own, strict=True):
-            head = self.target if name in self.exits else module
-            logits.append(head.compute_logits(state))
-        for student, draws, directions_Vr in zip(
-            self.students, self.draws, self.directions, strict=True
-        ):
-            mine, taps = taps[: len(student.config.taps)], taps[len(student.config.taps) :]
-            moved = student(h_Bd, mine, target_BV, directions_Vr, draws)
-            logits += [self.target.compute_logits(h) for h in moved]
-        return logits
+        members = list(zip(self.members.items(), own, strict=True))
+        drafts = [
+            _Draft(module.compute_logits(state))
+            for (name, module), state in members
+            if name not in self.exits
+        ]
+        exits = [state for (name, _), state in members if name in self.exits]
+        if not exits and self.students is None:
+            return drafts
+        moves, wanted = [], []
+        if self.students is not None:
+            moves, wanted = self.students.moves(h_Bd, taps, target_BV)
+        # All that the target's LM head is for at once: its weights are read once, not K times.
+        through_head = torch.cat([*exits, *moves]).contiguous()
+        heads = self.target.compute_logits(through_head).split(len(h_Bd))
+        drafts += [_Draft(logits) for logits in heads[: len(exits)]]
+        if self.students is not None:
+            changes = heads[len(exits) :]
+            scales = self.students.scales(changes, wanted, target_BV)
+            drafts += [_Draft(*pair) for pair in zip(changes, scales, strict=True)]
+        return drafts
 
     # Weights.
 
@@ -244,7 +265,7 @@ class EnsembleForCausalLM(nn.Module):
             WeightsError: if any file is broken; no module was touched then.
         """
         pairs: list[tuple[Any, dict[str, Tensor]]] = []
-        students = iter(self.students)
+        students = iter(self.students.heads if self.students is not None else ())
         seen: set[Path] = set()
         for member in ensemble.members:
             if _is_run(member):
@@ -254,11 +275,6 @@ class EnsembleForCausalLM(nn.Module):
                 pairs.append((next(students), read_member(member)))
         return pairs
 
-    def _direct(self) -> None:
-        """What moves of each student do to logits: the target's LM head times the basis, [V, r]."""
-        head_Vd = self.target.lm_head.weight[: self.vocab_size]
-        self.directions = [head_Vd @ student.basis.to(head_Vd) for student in self.students]
-
     def swap(self, ensemble: Ensemble, model_config: ModelConfig) -> None:
         """Put another version of the drafts' weights in place of the present one.
 
@@ -267,7 +283,6 @@ class EnsembleForCausalLM(nn.Module):
                 exception means that the weights are in an unknown state.
         """
         _replace(self._read(ensemble), model_config)
-        self._direct()
         self.ensemble = ensemble
 
 
