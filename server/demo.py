@@ -17,7 +17,6 @@ from typing import IO, Annotated
 
 import typer
 from demur import Client
-from demur.heatmap import render
 from rich.console import Console
 from rich.markup import escape
 
@@ -69,7 +68,7 @@ def demo(
             top = max(token.epistemic for score in scores for token in score.tokens)
             for label, score in zip(("right answer", "wrong answer"), scores, strict=True):
                 console.print(f"\n{label}", style="bold")
-                console.print(render(score, top=top))
+                console.print(score.heatmap(top=top))
         estimator = scores[0].estimator
         console.rule()
         console.print(

@@ -6,59 +6,63 @@ the function. An entry that cannot be imported is reported when it is called, no
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated
 
 try:
     import typer
-    from rich.console import Console
 except ImportError:  # the SDK alone was installed
     sys.exit("the demur command needs its extra: pip install 'demur[cli]'")
 
-from demur.client import Client
-from demur.errors import DemurError
-from demur.heatmap import render
+from demur._cli_common import INTERRUPTED, USAGE
+from demur.cli_chat import chat
+from demur.cli_lists import drafts, models
+from demur.cli_score import score
+
+# Known, so that who has the SDK alone is told what to install.
+SERVER_COMMANDS = ("serve", "init", "demo", "distill", "synthesize")
 
 app = typer.Typer(
     help="Token by token, how much a language model does not know what it is saying.",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
 )
-
-
-@app.command()
-def score(
-    response: Annotated[str, typer.Argument(help="the answer to score")],
-    question: Annotated[str | None, typer.Option(help="the user's question")] = None,
-    prompt: Annotated[str | None, typer.Option(help="raw text, in place of a question")] = None,
-    base_url: Annotated[str | None, typer.Option(help="default: DEMUR_BASE_URL")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the service's answer")] = False,
-) -> None:
-    """Score an answer and print its heat map."""
-    messages = None if question is None else [{"role": "user", "content": question}]
-    try:
-        with Client(base_url) as client:
-            answer = client.score(response, messages=messages, prompt=prompt)
-    except DemurError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False)
-        raise typer.Exit(1) from error
-    if as_json:
-        print(answer.model_dump_json(indent=2))
-    else:
-        Console().print(render(answer))
+for _command in (score, chat, drafts, models):
+    app.command()(_command)
 
 
 def main() -> None:
     """Entry point of the `demur` command."""
-    for entry in entry_points(group="demur.commands"):
+    add_commands(app, entry_points(group="demur.commands"), sys.argv[1:2])
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            _leave_at_once()
+        raise
+
+
+def add_commands(app: typer.Typer, entries: Iterable[EntryPoint], called: list[str]) -> None:
+    """Add other distributions' commands; `called` is the command's name, if one was given."""
+    names = set()
+    for entry in entries:
+        names.add(entry.name)
         # Imported only if it is asked for: the server's commands take seconds to import.
-        if entry.name in sys.argv[1:2]:
+        if entry.name in called:
             app.command(entry.name)(_load(entry))
         else:
             app.command(entry.name, help=f"(from {entry.dist and entry.dist.name})")(_nothing)
-    app()
+    for name in set(SERVER_COMMANDS) - names:
+        anything = {
+            "ignore_unknown_options": True,
+            "allow_extra_args": True,
+            "help_option_names": [],
+        }
+        app.command(name, hidden=True, context_settings=anything)(_needs_the_server)
 
 
 def _nothing() -> None:
@@ -71,3 +75,18 @@ def _load(entry: EntryPoint) -> Callable[..., None]:
     except ImportError as error:
         sys.exit(f"`demur {entry.name}` cannot be loaded: {error}")
     return command
+
+
+def _needs_the_server(context: typer.Context) -> None:
+    typer.echo(
+        f"`demur {context.info_name}` is the server's: pip install 'demur-server[cpu]'", err=True
+    )
+    raise typer.Exit(USAGE)
+
+
+def _leave_at_once() -> None:
+    """After Ctrl-C: threads that wait for the service would else keep the process with them."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(INTERRUPTED)

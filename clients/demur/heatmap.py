@@ -1,74 +1,155 @@
-"""Heat map of a scored response in the terminal (extra `cli`: rich)."""
+"""Heat maps: a text with each token shaded by a measure of its uncertainty.
+
+`Score.heatmap()` and `ChatCompletion.heatmap()` make them. They show themselves in a terminal
+(extra `cli`: rich), in a notebook, as plain text and as a page of HTML.
+"""
 
 from __future__ import annotations
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from demur.types import Score
+from demur._measures import MEASURES, Measure
 
-# Light to dark of one hue family (ColorBrewer YlOrRd), readable by the colour-blind as lightness,
-# with the text dark on light and light on dark.
-_SCALE = [
-    ("#ffffcc", "#000000"),
-    ("#fed976", "#000000"),
-    ("#feb24c", "#000000"),
-    ("#fd8d3c", "#000000"),
-    ("#e31a1c", "#ffffff"),
-    ("#800026", "#ffffff"),
-]
-
-_EXTREMES = 3
-_STATISTICS = (
-    "epistemic_mean",
-    "epistemic_max",
-    "jsd_mean",
-    "kl_mean",
-    "entropy_mean",
-    "logprob_mean",
-)
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-def render(score: Score, *, top: float | None = None, measure: str = "epistemic") -> Group:
-    """The response with each token shaded by a measure, and the numbers below.
+@dataclass(frozen=True)
+class HeatToken:
+    """One token; `values` are its measures but for surprisal, in nats."""
 
-    Args:
-        top: the measure's value, in nats, at which the darkest shade begins; default: the
-            response's own maximum. Give the same to compare responses.
-        measure: the name of a token measure.
+    text: str
+    logprob: float
+    rank: int | None
+    values: Mapping[Measure, float]
+
+    def value(self, measure: Measure) -> float:
+        """One of its measures, in nats."""
+        return -self.logprob if measure == "surprisal" else self.values[measure]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What has one shade: a token, with those before it that hold the bytes of its first character.
+
+    Their own text is empty, and a cell of them alone (a text that ends within a character) shows
+    the replacement character.
     """
-    values = [float(getattr(token, measure)) for token in score.tokens]
-    top = max(values) if top is None else top
-    text = Text()
-    for token, value in zip(score.tokens, values, strict=True):
-        level = 0 if top <= 0 else min(int(value / top * len(_SCALE)), len(_SCALE) - 1)
-        background, foreground = _SCALE[level]
-        text.append(token.token, style=f"{foreground} on {background}")
-    logprobs = [token.logprob for token in score.tokens]
-    doubtful = _extremes("most doubtful", score, values, sign=-1)
-    unlikely = _extremes("least likely (logprob)", score, logprobs, sign=1)
-    return Group(text, _legend(top, measure), doubtful, unlikely, _numbers(score))
+
+    tokens: tuple[HeatToken, ...]
+
+    @property
+    def text(self) -> str:
+        """Its characters."""
+        return self.tokens[-1].text or "\ufffd"
+
+    def value(self, measure: Measure) -> float:
+        """The greatest of its tokens' values, in nats."""
+        return max(token.value(measure) for token in self.tokens)
 
 
-def _legend(top: float, measure: str) -> Text:
-    legend = Text(f"{measure}, nats: ", style="dim")
-    for level, (background, foreground) in enumerate(_SCALE):
-        legend.append(f" {top * level / len(_SCALE):.2f} ", style=f"{foreground} on {background}")
-    return legend
+def cells_of(tokens: Iterable[HeatToken]) -> Iterator[Cell]:
+    """The cells of a text, each as soon as its last token is there."""
+    waiting: list[HeatToken] = []
+    for token in tokens:
+        waiting.append(token)
+        if token.text:
+            yield Cell(tuple(waiting))
+            waiting = []
+    if waiting:
+        yield Cell(tuple(waiting))
 
 
-def _extremes(label: str, score: Score, values: list[float], *, sign: int) -> Text:
-    """In words, for terminals without colour: the lowest values, or with sign -1 the highest."""
-    order = sorted(range(len(values)), key=lambda i: sign * values[i])[:_EXTREMES]
-    named = (f"{score.tokens[i].token!r} {values[i]:.2f}" for i in order)
-    return Text(f"{label}: " + ", ".join(named), style="dim")
+class HeatMap:
+    """A text with each token shaded by a measure.
 
+    Attributes:
+        cells: what is shaded, in order.
+        spans: doubtful stretches, characters [start, end), which are underlined.
+        sequence: number of tokens; mean, max and sum of the measures, in nats.
+        source: the model and the drafts that it comes from, for people.
+        measure: what it is shaded by.
+        fixed_top: the value at the end of the scale of shades, in nats, if it was given.
+    """
 
-def _numbers(score: Score) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("tokens", justify="right")
-    for name in _STATISTICS:
-        table.add_column(name.replace("epistemic", "EU").replace("_", " "), justify="right")
-    table.add_row(str(len(score.tokens)), *(f"{score.sequence[name]:.3f}" for name in _STATISTICS))
-    return table
+    def __init__(
+        self,
+        tokens: Sequence[HeatToken],
+        *,
+        spans: Sequence[tuple[int, int]],
+        sequence: Mapping[str, float],
+        source: str,
+        measure: Measure = "epistemic",
+        top: float | None = None,
+    ) -> None:
+        if measure not in MEASURES:
+            raise ValueError(f"{measure!r} is no measure; these are: {', '.join(MEASURES)}")
+        self.cells = list(cells_of(tokens))
+        self.spans = list(spans)
+        self.sequence = dict(sequence)
+        self.source = source
+        self.measure = measure
+        self.fixed_top = top
+
+    @property
+    def tokens(self) -> list[HeatToken]:
+        """All tokens, in order."""
+        return [token for cell in self.cells for token in cell.tokens]
+
+    @property
+    def top(self) -> float:
+        """The value at the end of the scale of shades, in nats."""
+        return self.top_of(self.measure)
+
+    def top_of(self, measure: Measure) -> float:
+        """The same for any measure: as given, else the greatest value in this text."""
+        if self.fixed_top is not None:
+            return self.fixed_top
+        return max((cell.value(measure) for cell in self.cells), default=0.0)
+
+    def in_span(self) -> list[bool]:
+        """Of each cell, whether it holds a character of a doubtful stretch."""
+        marks, start = [], 0
+        for cell in self.cells:
+            end = start + len(cell.text)
+            marks.append(any(start < last and first < end for first, last in self.spans))
+            start = end
+        return marks
+
+    def to_html(self) -> str:
+        """A page that needs nothing but itself."""
+        from demur._page import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        from demur._fragment import fragment
+
+        return fragment(self)
+
+    def __rich__(self) -> RenderableType:
+        from demur._terminal import render
+
+        return render(self)
+
+    def __str__(self) -> str:
+        """With colours if standard output is a terminal and rich is there, else in words."""
+        if sys.stdout.isatty():
+            try:
+                from rich.console import Console
+            except ImportError:
+                pass
+            else:
+                console = Console()
+                with console.capture() as captured:
+                    console.print(self)
+                return captured.get().rstrip("\n")
+        from demur._words import in_words
+
+        return in_words(self)
+
+    def __repr__(self) -> str:
+        return f"<HeatMap of {len(self.tokens)} tokens by {self.measure}, top {self.top:.3f} nats>"
