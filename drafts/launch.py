@@ -127,6 +127,9 @@ def set_environment() -> None:
         "OMP_NUM_THREADS": str(cores),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        # glibc would give logits back to the system at each step and fault their pages in anew.
+        "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
     }
     if shutil.which("g++") is None:
         # vLLM compiles one small function with Inductor, which needs a C++ compiler.

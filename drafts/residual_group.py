@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from drafts.divergence import block_rows
 from drafts.residual import ResidualConfig, ResidualHead, confidence, likeliest, local_scale
 
 
@@ -43,7 +44,9 @@ class ResidualGroup(nn.Module):
             taps: hidden states of the first student's taps, then the second's, ..., [T, d] each.
             logits_TV: the target's.
         """
-        sure_T4 = confidence(logits_TV)
+        # In blocks, so that the passes over the vocabulary find their rows in the cache.
+        size = block_rows(2 * logits_TV.shape[-1], logits_TV.device)
+        sure_T4 = torch.cat([confidence(block) for block in torch.split(logits_TV, size)])
         moved, wanted = [], []
         for head, draws in zip(self.heads, self.draws, strict=True):
             assert isinstance(head, ResidualHead)

@@ -105,12 +105,11 @@ class _Draft(NamedTuple):
     values_BV: Tensor
     scale_B: Tensor | None = None
 
-    def logits(self, part: slice, target_BV: Tensor) -> Tensor:
-        """Its logits of some of the rows, float32; those of the target are given."""
-        values_BV = self.values_BV[part].float()
-        if self.scale_B is None:
-            return values_BV
-        return torch.addcmul(target_BV, self.scale_B[part].unsqueeze(-1), values_BV)
+    def logits(self, part: slice, target_BV: Tensor, out_BV: Tensor) -> None:
+        """Write its logits of some of the rows as float32; those of the target are given."""
+        out_BV.copy_(self.values_BV[part])
+        if self.scale_B is not None:
+            torch.addcmul(target_BV, self.scale_B[part].unsqueeze(-1), out_BV, out=out_BV)
 
 
 class EnsembleForCausalLM(nn.Module):
@@ -220,14 +219,17 @@ class EnsembleForCausalLM(nn.Module):
         wanted = wanted_B1.squeeze(-1).nonzero().squeeze(-1)
         if wanted.numel() == 0:
             return
-        drafts = self._drafts(h_Bd[wanted], [state[wanted] for state in states], logits_BV[wanted])
+        target_BV = logits_BV[wanted]
+        drafts = self._drafts(h_Bd[wanted], [state[wanted] for state in states], target_BV)
         values_MB = out_BW.new_empty(channel.M, wanted.numel())
         size = block_rows(len(drafts) * self.vocab_size, out_BW.device)
+        block_KBV = out_BW.new_empty(len(drafts), min(size, wanted.numel()), self.vocab_size)
         for start in range(0, wanted.numel(), size):
             part = slice(start, start + size)
-            target_BV = logits_BV[wanted[part]]
-            logits_KBV = torch.stack([draft.logits(part, target_BV) for draft in drafts])
-            measure_block(logits_KBV, target_BV, values_MB[:, part])
+            logits_KBV = block_KBV[:, : len(target_BV[part])]
+            for draft, logits in zip(drafts, logits_KBV, strict=True):
+                draft.logits(part, target_BV[part], logits)
+            measure_block(logits_KBV, target_BV[part], values_MB[:, part])
         values_MB[:, broken_B[wanted]] = torch.nan
         columns_BM[wanted] = channel.encode(values_MB.T)
 

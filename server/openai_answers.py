@@ -68,8 +68,10 @@ class _Answer:
 
     def _by_choice(self, parts: list[Part]) -> Iterator[tuple[str, list[Part]]]:
         """Text and parts of each choice; the last part of each says how it ended."""
-        for index in range(self.job.n_choices):
-            mine = [part for part in parts if part.index == index]
+        by_choice: list[list[Part]] = [[] for _ in range(self.job.n_choices)]
+        for part in parts:
+            by_choice[part.index].append(part)
+        for mine in by_choice:
             yield "".join(part.text for part in mine), mine
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from drafts.engine import Engine, EngineConfig
 from drafts.errors import DraftsError, EngineNotReady, ManifestError, WeightsError
 from drafts.manifest import load_ensemble
 from drafts.reference import Reference
-from drafts.scores import TokenScores
+from drafts.scores import Generated, Sampling, TokenScores
 from drafts.text import TextEncoder
 from osd.corpus import Corpus
 from osd.shards import conversation_key
@@ -104,34 +105,80 @@ async def test_another_architecture(tmp_path: Path) -> None:
             await engine.score(*texts[0])
 
 
-async def test_sampled_tokens_carry_measures_and_are_never_columns(
+async def collect(
+    engine: Engine, prompt: list[int], sampling: Sampling, pause: float = 0.0
+) -> list[Generated]:
+    """All steps of a stream, read by somebody who takes his time."""
+    async with aclosing(engine.stream(prompt, sampling)) as steps:
+        out = []
+        async for step in steps:
+            out.append(step)
+            await asyncio.sleep(pause)
+    return out
+
+
+async def test_streamed_tokens_carry_measures_and_are_never_columns(
     engine: Engine, folder: Path
 ) -> None:
-    from vllm import SamplingParams
-
-    prompt = [5, 6, 7, 8]
-    params = SamplingParams(
-        max_tokens=40,
-        temperature=2.0,  # flat enough to sample a metric column, were they not masked
-        ignore_eos=True,
-        logprobs=channel.M,
-        flat_logprobs=True,
-        detokenize=False,
-        extra_args={channel.MEASURE_FROM: len(prompt)},
+    # Flat enough to sample a metric column, were they not masked; prompts longer than a step.
+    prompts = [[(5 + 7 * i * j) % 320 for i in range(4 + 30 * j)] for j in range(6)]
+    sampling = Sampling(max_new_tokens=40, temperature=2.0, top=3)
+    # A slow reader gets several tokens at once, and loses none.
+    streams = await asyncio.gather(
+        *(
+            collect(engine, prompt, sampling, pause=0.02 * (j % 2))
+            for j, prompt in enumerate(prompts)
+        )
     )
-    outputs = engine._llm.generate({"prompt_token_ids": prompt}, params, request_id="sampled")
-    async for output in outputs:
-        final = output.outputs[0]
-    ids = list(final.token_ids)
-    assert len(ids) == 40
-    assert max(ids) < 320
-    flat = final.logprobs
-    shape = (40, channel.M + 1)
-    values, columns = (np.asarray(part).reshape(shape) for part in (flat.logprobs, flat.token_ids))
-    got = channel.decode(values[:, 0], columns[:, 1:], values[:, 1:], 320)
-    (reference,) = expected(folder, [(prompt + ids, len(prompt))])
-    for name in ("logprob", "entropy", "total", "jsd", "kl"):
-        assert np.abs(got[name] - getattr(reference, name)).max() <= TOLERANCE, name
+    assert any(len(step.token_ids) > 1 for steps in streams for step in steps)
+    oracle = Reference(load_ensemble(folder))
+    for prompt, steps in zip(prompts, streams, strict=True):
+        ids = [token for step in steps for token in step.token_ids]
+        assert max(ids) < 320
+        assert [step.finish_reason for step in steps[:-1]] == [None] * (len(steps) - 1)
+        assert steps[-1].finish_reason == ("length" if len(ids) == 40 else "stop")
+        scores = TokenScores.join([step.scores for step in steps if step.scores is not None])
+        assert_close([scores], [oracle.score(prompt + ids, len(prompt))])
+        _, target_TV = oracle.logits(prompt + ids)
+        logp_TV = torch.log_softmax(target_TV[len(prompt) - 1 : -1].float(), -1)
+        likeliest = [pairs for step in steps for pairs in step.likeliest]
+        for pairs, logp_V in zip(likeliest, logp_TV, strict=True):
+            values = [value for _, value in pairs]
+            assert values == pytest.approx(logp_V.topk(3).values.tolist(), abs=TOLERANCE)
+            chosen = [float(logp_V[token]) for token, _ in pairs]
+            assert chosen == pytest.approx(values, abs=TOLERANCE)
+
+
+async def test_a_stream_without_measures_says_the_same(engine: Engine) -> None:
+    prompt = [5, 6, 7, 8]
+    plain = Sampling(max_new_tokens=20, temperature=0.0, measured=False)
+    measured = Sampling(max_new_tokens=20, temperature=0.0)
+    ids = [
+        [token for step in await collect(engine, prompt, sampling) for token in step.token_ids]
+        for sampling in (plain, measured)
+    ]
+    assert ids[0] == ids[1] == await engine.generate(prompt, max_new_tokens=20, temperature=0.0)
+    assert all(step.scores is None for step in await collect(engine, prompt, plain))
+
+
+async def test_a_stream_that_is_left_ends_in_the_engine(engine: Engine) -> None:
+    async with aclosing(engine.stream([5, 6], Sampling(max_new_tokens=200))) as steps:
+        await anext(steps)
+        assert engine._llm.get_num_unfinished_requests() == 1
+    assert engine._llm.get_num_unfinished_requests() == 0
+    # It holds up no swap either.
+    assert engine._gate._holders == 0
+
+
+async def test_what_a_stream_cannot_be_is_refused(engine: Engine) -> None:
+    for prompt, sampling, said in (
+        ([], Sampling(max_new_tokens=3), "at least 1"),
+        ([320], Sampling(max_new_tokens=3), "0..319"),
+        ([5] * 250, Sampling(max_new_tokens=7), "at most 249"),
+        ([5], Sampling(max_new_tokens=3, seed=1), "seed"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            await collect(engine, prompt, sampling)
 
 
 async def test_swaps_under_load_never_mix_versions(

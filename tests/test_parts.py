@@ -20,6 +20,7 @@ from drafts.divergence import measures
 from drafts.errors import NonFiniteError
 from drafts.gate import Gate
 from drafts.residual import ResidualConfig, ResidualHead, confidence, draw_scale
+from drafts.residual_group import ResidualGroup
 from drafts.scores import TokenScores
 from drafts.spans import find_spans
 from server.settings import Settings, read_settings
@@ -101,6 +102,41 @@ def test_scaled_draws_have_the_mean_kl_that_is_asked_for(
         assert (near | (scale > 1.999)).all()
     else:
         assert (got <= 1.5 * kl + 1e-6).all()
+
+
+def test_a_group_of_students_does_what_each_does_alone() -> None:
+    """The vLLM model's arrangement against the reference's, with unlike students."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shape = {"hidden_size": 12, "rank": 4, "factors": 2, "width": 8}
+    students = [
+        (ResidualConfig(**shape, taps=[1], draws=4), [0, 2, 3]),
+        (ResidualConfig(**shape, taps=[], draws=2, scaled=False), [1, 0]),
+        (ResidualConfig(**shape, taps=[2, 3], draws=1), [0]),
+    ]
+    group = ResidualGroup(students)
+    unembed, h, taps = random(40, 12), random(5, 12), [random(5, 12) for _ in range(3)]
+    logits = h @ unembed.T
+    expected = []
+    with torch.no_grad():
+        for head, (config, draws) in zip(group.heads, students, strict=True):
+            head.initialise(generator, scale=0.5)
+            mine, rest = taps[: len(config.taps)], taps[len(config.taps) :]
+            moved = head(h, mine, logits, unembed @ head.basis, draws)
+            expected += [state @ unembed.T for state in moved]
+            taps = [*rest, *mine]
+        moves, wanted = group.moves(h, taps, logits)
+        changes = list(moves @ unembed.T)
+        scales = group.scales(changes, wanted, logits)
+    got = [
+        logits + scale.unsqueeze(-1) * change for change, scale in zip(changes, scales, strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(got), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    # Were the draws alike or hardly moved, this would show nothing.
+    assert (torch.stack(got) - logits).abs().amax((-1, -2)).min() > 0.1
 
 
 def test_confidence_is_that_of_the_distribution() -> None:

@@ -6,76 +6,27 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from tests.serving import Running, demur, serving
 from tests.test_http import BAD, RAW
-from tests.tiny import mixed_ensemble
 
 pytestmark = pytest.mark.engine
 GOOD = {"prompt": "The capital of Japan is", "response": " Tokyo."}
 
 
-def demur(*arguments: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("demur")), *arguments]
-
-
-@dataclass
-class Running:
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = mixed_ensemble(tmp_path_factory.mktemp("serve") / "ensemble")
-    log = folder.parent / "log"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "DEMUR_ENSEMBLE": str(folder),
-        "DEMUR_DTYPE": "float32",
-        "DEMUR_MAX_MODEL_LEN": "256",
-        "DEMUR_KV_CACHE_GIB": "0.05",
-    }
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            demur("serve", "--port", str(port)), env=environment, stdout=out, stderr=out
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        answered = False
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            try:
-                answer = httpx.get(f"{url}/ready")
-            except httpx.TransportError:
-                time.sleep(0.2)
-                continue
-            if answer.status_code == 200:
-                break
-            # It answers while the engine starts.
-            answered = True
-            assert answer.json()["error"]["code"] == "not_ready"
-            assert httpx.get(f"{url}/health").status_code == 200
-            time.sleep(0.2)
-        assert answered
-        yield Running(url, process, log)
-    finally:
-        process.kill()
+    with serving(tmp_path_factory.mktemp("serve")) as running:
+        yield running
 
 
 def test_bad_input_is_answered_and_the_engine_lives(running: Running) -> None:
@@ -126,18 +77,22 @@ async def test_clients_that_hang_up_free_their_places(running: Running) -> None:
 
 def test_the_command_line_scores(running: Running) -> None:
     environment = os.environ | {"DEMUR_BASE_URL": running.url}
-    command = demur("score", GOOD["response"], "--prompt", GOOD["prompt"], "--json")
+    command = demur("score", "-r", GOOD["response"], "--prompt", GOOD["prompt"], "--json")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert json.loads(done.stdout)["estimator"]["drafts"] == 6, done.stderr
     refused = subprocess.run(
-        demur("score", "x"), env=environment, capture_output=True, text=True, check=False
+        demur("score", "-r", "word " * 999, "--prompt", "a"),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert refused.returncode == 1
-    assert "messages or prompt is missing" in refused.stderr
+    assert "over the 255 that this model takes" in refused.stderr
 
 
 def test_a_port_in_use_ends_it_before_the_engine_is_loaded(running: Running) -> None:
-    folder = running.log.parent / "ensemble"
+    folder = running.folder
     port = running.url.rpartition(":")[2]
     done = subprocess.run(
         demur("serve", "--ensemble", str(folder), "--port", port),
@@ -152,7 +107,7 @@ def test_a_port_in_use_ends_it_before_the_engine_is_loaded(running: Running) -> 
 
 
 def test_it_can_be_stopped_while_it_starts(running: Running) -> None:
-    folder = running.log.parent / "ensemble"
+    folder = running.folder
     with subprocess.Popen(
         demur("serve", "--ensemble", str(folder), "--port", "0"),
         env=os.environ | {"DEMUR_MAX_MODEL_LEN": "256"},

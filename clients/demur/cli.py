@@ -15,7 +15,10 @@ from importlib.metadata import EntryPoint, entry_points
 try:
     import typer
 except ImportError:  # the SDK alone was installed
-    sys.exit("the demur command needs its extra: pip install 'demur[cli]'")
+    sys.exit(
+        "the demur command needs its extra: pip install 'demur[cli]' "
+        "(in a clone of the repository: pip install './clients[cli]')"
+    )
 
 from demur._cli_common import INTERRUPTED, USAGE
 from demur.cli_chat import chat
@@ -79,7 +82,9 @@ def _load(entry: EntryPoint) -> Callable[..., None]:
 
 def _needs_the_server(context: typer.Context) -> None:
     typer.echo(
-        f"`demur {context.info_name}` is the server's: pip install 'demur-server[cpu]'", err=True
+        f"`demur {context.info_name}` is the server's: pip install 'demur-server[cpu]' "
+        "(in a clone of the repository: make setup)",
+        err=True,
     )
     raise typer.Exit(USAGE)
 
