@@ -1,14 +1,14 @@
 """Generated tokens as text, while they come, and cut at the first stop string.
 
 Joining the pieces gives the text. As in `drafts.text`, a character whose bytes are split over
-several tokens belongs to the last of them, and the others are empty. Text that may be the
-beginning of a stop string is held back until it is known not to be.
+several tokens belongs to the last of them, and the others are empty; they come together. Text that
+may be the beginning of a stop string is held back until it is known not to be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from tokenizers.decoders import DecodeStream
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from drafts.text import TextEncoder
 
 T = TypeVar("T")
+
+# Tokens of the prompt that can matter for how the first ones after it are written.
+_CONTEXT = 16
+_UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character, or not yet
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class StreamDecoder(Generic[T]):
         self, encoder: TextEncoder, prompt_ids: Sequence[int], stop: Sequence[str]
     ) -> None:
         self._encoder = encoder
-        self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        before = list(prompt_ids)[-_CONTEXT:]
+        if encoder.tokenizer.decode(before).endswith(_UNFINISHED):
+            before = []  # the stream would take the whole prompt for text that is still to come
+        self._stream = DecodeStream(ids=before, skip_special_tokens=True)
         self._stop = list(stop)
         self._held: list[Piece[T]] = []
         self.stopped = False
@@ -63,6 +70,11 @@ class StreamDecoder(Generic[T]):
     def flush(self) -> list[Piece[T]]:
         """What is held back when the generation has ended otherwise."""
         pieces, self._held = self._held, []
+        # The stream waits after U+FFFD, which may be a character that the model means. A character
+        # that was cut off does not show.
+        text = b"".join(piece.raw for piece in pieces[_n_shown(pieces) :]).decode(errors="ignore")
+        if text:
+            pieces[-1] = replace(pieces[-1], text=text)
         return pieces
 
     def _step(self, token_id: int) -> str:
@@ -84,6 +96,7 @@ class StreamDecoder(Generic[T]):
             if end > length:
                 break
             count += 1
+        count = _n_shown(self._held[:count])
         pieces, self._held = self._held[:count], self._held[count:]
         return pieces
 
@@ -99,6 +112,11 @@ class StreamDecoder(Generic[T]):
             length -= len(text)
         self._held = []
         return pieces
+
+
+def _n_shown(pieces: Sequence[Piece[T]]) -> int:
+    """Pieces up to the last one that has text; what follows belongs to a character to come."""
+    return max((i + 1 for i, piece in enumerate(pieces) if piece.text), default=0)
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:

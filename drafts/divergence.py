@@ -128,11 +128,11 @@ def entropy(logp_TV: Tensor) -> Tensor:
 def _normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs, floored so that 0 * log 0 is 0, and probabilities."""
     # One softmax and no exp or log of a whole row: torch's softmax kernel is several times faster
-    # than either. log Z follows from the greatest logit and its probability, at least 1 / V.
+    # than either. The greatest probability, at least 1 / V, has log Z; the greatest logit goes
+    # first, so that nothing is rounded at the size of the logits.
     p = torch.softmax(logits, -1)
-    log_z = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-    floor = math.log(torch.finfo(logits.dtype).tiny)
-    return (logits - log_z).clamp_min_(floor), p
+    logp = (logits - logits.amax(-1, keepdim=True)).add_(p.amax(-1, keepdim=True).log())
+    return logp.clamp_min_(math.log(torch.finfo(logits.dtype).tiny)), p
 
 
 def _mixture(logq_KBV: Tensor, q_KBV: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ class Engine:
         params = generation_params(sampling, len(ids))
         async with aclosing(self._outputs(ids, params)) as outputs:
             async for output, version in outputs:
-                yield read_step(output.outputs[0], self._ensemble.vocab_size, version)
+                yield read_step(output.outputs[0], sampling.top, self.vocab_size, version)
 
     async def generate(
         self, token_ids: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0

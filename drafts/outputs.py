@@ -59,12 +59,16 @@ def read_prompt(flat: Any, first: int, vocab: int, version: str) -> TokenScores:
     return _scores(columns, ranks, version)
 
 
-def read_step(output: Any, vocab: int, version: str) -> Generated:
-    """The tokens of one of vLLM's `CompletionOutput`s: one, or several if it got ahead of us."""
+def read_step(output: Any, top: int, vocab: int, version: str) -> Generated:
+    """The tokens of one of vLLM's `CompletionOutput`s: one, or several if it got ahead of us.
+
+    Args:
+        top: so many likeliest tokens beside each were asked for.
+    """
     ids = list(output.token_ids)
     flat = output.logprobs
     if not flat:
-        return Generated(ids, None, [[] for _ in ids], output.finish_reason)
+        return Generated(ids, None, [[] for _ in ids], output.finish_reason, version)
     values, columns, ranks, tops = [], [], [], []
     for begin, end in zip(flat.start_indices, flat.end_indices, strict=True):
         # First the token itself, then the columns, then the likeliest tokens.
@@ -72,7 +76,9 @@ def read_step(output: Any, vocab: int, version: str) -> Generated:
         values.append(row[0][1])
         ranks.append(flat.ranks[begin])
         columns.append(sorted(pair for pair in row if pair[0] >= vocab))
-        tops.append([pair for pair in row[1:] if pair[0] < vocab])
+        # The token itself can be among them, once or twice, or beyond them.
+        own = {token: value for token, value in row if token < vocab}
+        tops.append(sorted(own.items(), key=lambda pair: -pair[1])[:top])
     pairs = np.asarray(columns, dtype=np.float64).reshape(len(ids), -1, 2)
     decoded = channel.decode(
         np.asarray(values, dtype=np.float64), pairs[..., 0].astype(np.int64), pairs[..., 1], vocab
@@ -82,7 +88,7 @@ def read_step(output: Any, vocab: int, version: str) -> Generated:
         for top, log_z in zip(tops, decoded["log_z"].tolist(), strict=True)
     ]
     scores = _scores(decoded, np.asarray(ranks, dtype=np.int64), version)
-    return Generated(ids, scores, likeliest, output.finish_reason)
+    return Generated(ids, scores, likeliest, output.finish_reason, version)
 
 
 def _scores(columns: dict[str, Any], ranks: Any, version: str) -> TokenScores:

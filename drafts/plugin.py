@@ -6,6 +6,7 @@ import threading
 from multiprocessing.connection import wait
 
 _WATCH = "demur-watch-parent"
+_SPIN_S = 0.001
 
 
 def register() -> None:
@@ -14,7 +15,22 @@ def register() -> None:
 
     if "EnsembleForCausalLM" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("EnsembleForCausalLM", "drafts.vllm_model:EnsembleForCausalLM")
+    _wait_without_spinning()
     _end_with_parent()
+
+
+def _wait_without_spinning() -> None:
+    """Let vLLM's engine process sleep while its CPU worker computes.
+
+    It polls for the worker's answer, by default for a second, on a core that the worker needs:
+    with two cores, a quarter of one. After this long it waits to be notified instead.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+        SpinCondition.__init__.__defaults__ = (_SPIN_S,)  # of its one default, busy_loop_s
 
 
 def _end_with_parent() -> None:

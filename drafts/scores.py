@@ -81,6 +81,7 @@ class Generated:
     scores: TokenScores | None
     likeliest: list[list[tuple[int, float]]]
     finish_reason: str | None
+    weights_version: str
 
 
 class ServingEngine(Protocol):

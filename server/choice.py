@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from drafts.aggregate import aggregate
@@ -47,6 +48,7 @@ class Part:
 
     index: int
     text: str
+    weights_version: str
     entries: list[LogprobEntry]  # of the tokens of `text`; empty if the job does not want them
     finish_reason: FinishReason | None = None
     uncertainty: ChoiceUncertainty | None = None
@@ -68,6 +70,7 @@ class Choice:
         if job.early is not None:
             self._early = EarlyStop(job.early.threshold, job.early.window)
         self._shown: list[Piece[_Row]] = []
+        self._version = served.engine.weights_version
         self.finish_reason: FinishReason | None = None
         self.n_generated = 0
 
@@ -76,6 +79,7 @@ class Choice:
         pieces: list[Piece[_Row]] = []
         count = len(step.token_ids)
         self.n_generated += count
+        self._version = step.weights_version
         # The end-of-text token is no part of the text.
         for i in range(count - (step.finish_reason == "stop")):
             pieces += self._decoder.push(step.token_ids[i], (step.scores, i, step.likeliest[i]))
@@ -93,13 +97,16 @@ class Choice:
         self._shown += pieces if self._job.uncertainty else []
         text = "".join(piece.text for piece in pieces)
         entries = [self._entry(piece) for piece in pieces] if self._job.logprobs else []
-        return Part(index, text, entries)
+        return Part(index, text, self._version, entries)
 
     def last_part(self, index: int, pieces: list[Piece[_Row]]) -> Part:
         """The last pieces, and what is said of the whole choice."""
         part = self.part(index, pieces)
-        return Part(
-            index, part.text, part.entries, self.finish_reason, self._block(), self.n_generated
+        return replace(
+            part,
+            finish_reason=self.finish_reason,
+            uncertainty=self._block(),
+            n_generated=self.n_generated,
         )
 
     def _finish(
@@ -117,7 +124,6 @@ class Choice:
     def _entry(self, piece: Piece[_Row]) -> LogprobEntry:
         scores, i, likeliest = piece.kept
         assert scores is not None
-        encoder = self._served.encoder
         measures = None
         if self._job.uncertainty:
             measures = Uncertainty(**{name: float(getattr(scores, name)[i]) for name in MEASURES})
@@ -126,15 +132,19 @@ class Choice:
             bytes=list(piece.raw),
             logprob=float(scores.logprob[i]),
             top_logprobs=[
-                TopLogprob(
-                    token=encoder.token_text(token_id),
-                    bytes=list(encoder.raw_bytes(token_id) or b""),
-                    logprob=logprob,
-                )
-                for token_id, logprob in likeliest[: self._job.sampling.top]
+                TopLogprob(token=text, bytes=list(raw), logprob=logprob)
+                for text, raw, logprob in self._shown_alone(likeliest)
             ],
             uncertainty=measures,
         )
+
+    def _shown_alone(
+        self, likeliest: list[tuple[int, float]]
+    ) -> Iterator[tuple[str, bytes, float]]:
+        for token_id, logprob in likeliest:
+            text = self._served.encoder.token_text(token_id)
+            raw = self._served.encoder.raw_bytes(token_id)
+            yield text, text.encode() if raw is None else raw, logprob
 
     def _block(self) -> ChoiceUncertainty | None:
         if not self._job.uncertainty:
@@ -142,17 +152,15 @@ class Choice:
         rows = [scores.row(i) for scores, i, _ in (p.kept for p in self._shown) if scores]
         sequence: dict[str, float | int] = {"n_tokens": 0}
         spans = []
-        version = self._served.engine.weights_version
         if rows:
             scores = TokenScores.join(rows)
-            version = scores.weights_version
             sequence = aggregate(scores)
             text, offsets = _offsets(self._shown)
             spans = spans_out(text, find_spans(text, offsets, scores.epistemic))
             metrics.EPISTEMIC.observe(sequence["epistemic_mean"])
             metrics.JSD.observe(sequence["jsd_mean"])
         return ChoiceUncertainty(
-            estimator=self._served.estimator(version),
+            estimator=self._served.estimator(self._version),
             # A calibrator turns the sequence into a probability; without one there is none.
             hallucination_score=None,
             sequence=sequence,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from server import metrics
 from server.admission import Admission
@@ -45,13 +46,15 @@ class Generator:
 
     async def _work(self, job: Job, parts: asyncio.Queue[Part | None]) -> None:
         outcome = "cancelled"
+        # A bound on each request, so that one with many choices leaves the engine room for others.
+        room = asyncio.Semaphore(self.settings.batch_concurrency)
         try:
             async with (
                 asyncio.timeout(self.settings.request_timeout_s),
                 asyncio.TaskGroup() as group,
             ):
                 for index in range(job.n_choices):
-                    group.create_task(self._choice(job, index, parts))
+                    group.create_task(self._choice(job, index, parts, room))
             outcome = "ok"
         except TimeoutError:
             outcome = DeadlineExceeded.code
@@ -66,13 +69,18 @@ class Generator:
             metrics.ITEMS.labels(outcome).inc(job.n_choices)
             parts.put_nowait(None)
 
-    async def _choice(self, job: Job, index: int, parts: asyncio.Queue[Part | None]) -> None:
+    async def _choice(
+        self, job: Job, index: int, parts: asyncio.Queue[Part | None], room: asyncio.Semaphore
+    ) -> None:
         """One choice from its first token to its last."""
         prompt = job.prompts[index // job.n]
         choice = Choice(self.served, job, prompt)
         metrics.TOKENS.labels("prompt").inc(len(prompt))
+        sampling = job.sampling
+        if sampling.seed is not None:  # as vLLM does: choices by one seed would all be the same
+            sampling = replace(sampling, seed=(sampling.seed + index % job.n) % 2**63)
         with told_to_clients():
-            async with aclosing(self.served.engine.stream(prompt, job.sampling)) as steps:
+            async with room, aclosing(self.served.engine.stream(prompt, sampling)) as steps:
                 async for step in steps:
                     pieces = choice.take(step)
                     if choice.finish_reason is not None:

@@ -13,9 +13,29 @@ from server.settings import Settings
 
 # OpenAI's, for /v1/completions; a chat goes on for as long as there is room.
 _COMPLETION_TOKENS = 16
+# Of one answer: they are held in memory until it is sent.
+_MAX_LOGPROBS = 250_000
 
 
-async def chat_job(body: ChatRequest, served: Served, settings: Settings) -> Job:
+def n_choices(body: ChatRequest | CompletionRequest, settings: Settings) -> int:
+    """How many choices are asked for.
+
+    Raises:
+        BadRequest: if they are too many.
+    """
+    prompts = 1
+    if isinstance(body, CompletionRequest) and not isinstance(body.prompt, str):
+        prompts = 1 if isinstance(body.prompt[0], int) else len(body.prompt)
+    count = prompts * (body.n or 1)
+    if count > settings.max_batch_items:
+        raise BadRequest(
+            f"{count} choices; a request takes at most {settings.max_batch_items}",
+            code="too_many_items",
+        )
+    return count
+
+
+async def chat_job(body: ChatRequest, served: Served) -> Job:
     """The job of a conversation.
 
     Raises:
@@ -29,17 +49,17 @@ async def chat_job(body: ChatRequest, served: Served, settings: Settings) -> Job
     given = body.max_completion_tokens or body.max_tokens
     room = served.engine.max_tokens + 1 - len(prompt)
     top = body.top_logprobs or 0
-    return _job(body, [prompt], given or max(room, 1), bool(body.logprobs), top, served, settings)
+    return _job(body, [prompt], given or max(room, 1), bool(body.logprobs), top, served)
 
 
-async def completion_job(body: CompletionRequest, served: Served, settings: Settings) -> Job:
+async def completion_job(body: CompletionRequest, served: Served) -> Job:
     """The job of raw prompts. Errors as in `chat_job`."""
     served.check_model(body.model)
     with told_to_clients():
         prompts = await asyncio.to_thread(_prompts, body.prompt, served)
     max_new = body.max_tokens or _COMPLETION_TOKENS
     logprobs = body.logprobs is not None
-    return _job(body, prompts, max_new, logprobs, body.logprobs or 0, served, settings)
+    return _job(body, prompts, max_new, logprobs, body.logprobs or 0, served)
 
 
 def _prompts(
@@ -66,13 +86,13 @@ def _job(
     logprobs: bool,
     top: int,
     served: Served,
-    settings: Settings,
 ) -> Job:
     n = body.n or 1
-    _check_number(n * len(prompts), settings)
     for prompt in prompts:
         _check_length(len(prompt), max_new_tokens, served)
     logprobs = logprobs or bool(body.uncertainty)
+    if logprobs:
+        _check_logprobs(n * len(prompts), max_new_tokens, top)
     temperature = 1.0 if body.temperature is None else body.temperature
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -106,10 +126,11 @@ def _seed(seed: int | None, temperature: float, served: Served) -> int | None:
     return seed
 
 
-def _check_number(n_choices: int, settings: Settings) -> None:
-    if n_choices > settings.max_batch_items:
+def _check_logprobs(n_choices: int, max_new_tokens: int, top: int) -> None:
+    if n_choices * max_new_tokens * (1 + top) > _MAX_LOGPROBS:
         raise BadRequest(
-            f"{n_choices} choices; a request takes at most {settings.max_batch_items}",
+            f"{n_choices} choices of up to {max_new_tokens} tokens with {1 + top} log-probs each "
+            f"are over {_MAX_LOGPROBS}; ask for fewer choices, tokens or top_logprobs",
             code="too_many_items",
         )
 

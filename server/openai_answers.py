@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -36,7 +37,8 @@ class Answer(Protocol):
 async def whole(answer: Answer, parts: AsyncGenerator[Part, None]) -> str:
     """The answer to a request that is not streamed."""
     async with aclosing(parts):
-        return answer.whole([part async for part in parts])
+        # In a thread: a long answer with log-probs takes a while to write.
+        return await asyncio.to_thread(answer.whole, [part async for part in parts])
 
 
 async def events(
@@ -60,8 +62,12 @@ class _Answer:
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": served.name,
-            "system_fingerprint": served.engine.weights_version,
         }
+
+    def _headed(self, part: Part) -> dict[str, Any]:
+        """What all answers and chunks begin with; a part knows which weights have made it."""
+        self._head["system_fingerprint"] = part.weights_version
+        return self._head
 
     def _usage(self, n_generated: int) -> Usage:
         return usage_out(sum(map(len, self.job.prompts)), n_generated)
@@ -73,6 +79,12 @@ class _Answer:
             by_choice[part.index].append(part)
         for mine in by_choice:
             yield "".join(part.text for part in mine), mine
+
+
+def _ending(parts: list[Part]) -> schemas.FinishReason:
+    reason = parts[-1].finish_reason
+    assert reason is not None, "a choice without an end"
+    return reason
 
 
 class ChatAnswer(_Answer):
@@ -88,13 +100,15 @@ class ChatAnswer(_Answer):
                 index=mine[-1].index,
                 message=schemas.AssistantMessage(content=text),
                 logprobs=self._logprobs([entry for part in mine for entry in part.entries]),
-                finish_reason=mine[-1].finish_reason or "stop",
+                finish_reason=_ending(mine),
                 uncertainty=mine[-1].uncertainty,
             )
             for text, mine in self._by_choice(parts)
         ]
         usage = self._usage(sum(part.n_generated for part in parts))
-        return schemas.ChatCompletion(**self._head, choices=choices, usage=usage).model_dump_json()
+        return schemas.ChatCompletion(
+            **self._headed(parts[-1]), choices=choices, usage=usage
+        ).model_dump_json()
 
     def chunk(self, part: Part) -> str:
         # The first chunk of a choice says who speaks.
@@ -107,7 +121,7 @@ class ChatAnswer(_Answer):
             finish_reason=part.finish_reason,
             uncertainty=part.uncertainty,
         )
-        return schemas.ChatChunk(**self._head, choices=[choice]).model_dump_json()
+        return schemas.ChatChunk(**self._headed(part), choices=[choice]).model_dump_json()
 
     def usage_chunk(self, n_generated: int) -> str:
         usage = self._usage(n_generated)
@@ -130,11 +144,12 @@ class TextAnswer(_Answer):
                 index=mine[-1].index,
                 text=text,
                 logprobs=self._logprobs([entry for part in mine for entry in part.entries], 0),
-                finish_reason=mine[-1].finish_reason,
+                finish_reason=_ending(mine),
                 uncertainty=mine[-1].uncertainty,
             )
             for text, mine in self._by_choice(parts)
         ]
+        self._headed(parts[-1])
         return self._dump(choices, self._usage(sum(part.n_generated for part in parts)))
 
     def chunk(self, part: Part) -> str:
@@ -147,6 +162,7 @@ class TextAnswer(_Answer):
             finish_reason=part.finish_reason,
             uncertainty=part.uncertainty,
         )
+        self._headed(part)
         return self._dump([choice], None)
 
     def usage_chunk(self, n_generated: int) -> str:
@@ -167,11 +183,13 @@ class TextAnswer(_Answer):
         return schemas.TextLogprobs(
             tokens=[entry.token for entry in entries],
             token_logprobs=[entry.logprob for entry in entries],
-            top_logprobs=[
-                {top.token: top.logprob for top in entry.top_logprobs} for entry in entries
-            ]
-            if self.job.sampling.top
-            else None,
+            top_logprobs=[_by_text(entry) for entry in entries] if self.job.sampling.top else None,
             text_offset=offsets[:-1],
             uncertainty=measures if self.job.uncertainty else None,
         )
+
+
+def _by_text(entry: schemas.LogprobEntry) -> dict[str, float]:
+    """The likeliest tokens, and the token itself, by their text; of two with one, the likelier."""
+    found = {top.token: top.logprob for top in reversed(entry.top_logprobs)}
+    return found | {entry.token: max(entry.logprob, found.get(entry.token, entry.logprob))}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
+from contextlib import closing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -9,10 +11,12 @@ from fastapi import APIRouter, Depends, Request, Response
 from server import openai_schemas as schemas
 from server.admission import ClientGone, unless_gone
 from server.auth import authorise
+from server.choice import Job
 from server.dependencies import errors, serving
 from server.event_stream import EventStream
-from server.jobs import chat_job, completion_job
+from server.jobs import chat_job, completion_job, n_choices
 from server.openai_answers import Answer, ChatAnswer, TextAnswer, events, whole
+from server.served import Served
 from server.state import Serving
 
 generated = APIRouter(
@@ -39,8 +43,7 @@ async def chat_completions(
     serving: Annotated[Serving, Depends(serving)],
 ) -> Response:
     """OpenAI's, with the uncertainty of each token as it is generated."""
-    job = await chat_job(body, serving.served, serving.settings)
-    return await _respond(request, body, serving, ChatAnswer(serving.served, job))
+    return await _respond(request, body, serving, chat_job(body, serving.served), ChatAnswer)
 
 
 @generated.post(
@@ -55,15 +58,21 @@ async def completions(
     serving: Annotated[Serving, Depends(serving)],
 ) -> Response:
     """OpenAI's, with the uncertainty of each token as it is generated."""
-    job = await completion_job(body, serving.served, serving.settings)
-    return await _respond(request, body, serving, TextAnswer(serving.served, job))
+    job = completion_job(body, serving.served)
+    return await _respond(request, body, serving, job, TextAnswer)
 
 
 async def _respond(
-    request: Request, body: schemas.GenerationBody, serving: Serving, answer: Answer
+    request: Request,
+    body: schemas.ChatRequest | schemas.CompletionRequest,
+    serving: Serving,
+    job: Coroutine[Any, Any, Job],
+    contract: Callable[[Served, Job], Answer],
 ) -> Response:
-    parts = serving.generator.run(answer.job)
     try:
+        with closing(job), serving.generator.admission.take(n_choices(body, serving.settings)):
+            answer = contract(serving.served, await unless_gone(request, job))
+        parts = serving.generator.run(answer.job)
         if not body.stream:
             content = await unless_gone(request, whole(answer, parts))
             return Response(content, media_type="application/json")

@@ -1,23 +1,73 @@
 """Bodies of /v1/chat/completions and /v1/completions: OpenAI's, and what demur adds to them.
 
 Added are `uncertainty` and `uncertainty_stop` in requests, and `uncertainty` in choices and in
-the entries of their log-probs. A null means what leaving a parameter out means.
+the entries of their log-probs. A null means what leaving a parameter out means, and parameters
+that demur has not are taken where they change nothing; all others are refused.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from server.schemas import Estimator, Message, SpanOut, StrictBody, Usage, plain
 
-MEASURES = ("entropy", "total", "aleatoric", "jsd", "kl", "epistemic")
 Measure = Literal["entropy", "total", "aleatoric", "jsd", "kl", "epistemic"]
+MEASURES: tuple[str, ...] = get_args(Measure)
 FinishReason = Literal["stop", "length", "uncertainty"]
 
 _StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# A long list that is wrong from end to end fails at its first element: an error for each would
+# hold up everybody.
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+
+
+def _kind_of_prompt(prompt: Any) -> str:
+    first = prompt[0] if isinstance(prompt, list) and prompt else prompt
+    if not isinstance(prompt, list):
+        return "text"
+    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "ids"
+
+
+_Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("texts")]
+    | Annotated[_TokenIds, Tag("ids")]
+    | Annotated[list[_TokenIds], Field(min_length=1, fail_fast=True), Tag("lists")],
+    Discriminator(_kind_of_prompt),
+]
+
+# Parameters of OpenAI's that demur has not, and what they may say without changing anything.
+_CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "metadata": (None, {}),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+}
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    # By type, too: 0 is not False here.
+    return any(
+        type(value) is type(idle) and value == idle for idle in _CHANGES_NOTHING.get(name, ())
+    )
 
 
 class StreamOptions(StrictBody):
@@ -26,6 +76,7 @@ class StreamOptions(StrictBody):
     include_usage: bool | None = Field(
         default=None, description="a last chunk without choices has the usage"
     )
+    include_obfuscation: bool | None = Field(default=None, description="taken, and not used")
 
 
 class UncertaintyStop(StrictBody):
@@ -73,6 +124,13 @@ class GenerationBody(StrictBody):
     )
     uncertainty_stop: UncertaintyStop | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_changes_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if not _changes_nothing(name, value)}
+
     @field_validator("model", "user")
     @classmethod
     def _no_control_characters(cls, text: str | None) -> str | None:
@@ -100,7 +158,7 @@ class GenerationBody(StrictBody):
 class ChatRequest(GenerationBody):
     """A conversation to go on with."""
 
-    messages: list[Message] = Field(
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
         min_length=1, description="rendered with the target's chat template"
     )
     max_completion_tokens: int | None = Field(
@@ -122,7 +180,7 @@ class ChatRequest(GenerationBody):
 class CompletionRequest(GenerationBody):
     """Text to go on with."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | _TokenIds | list[_TokenIds] = Field(
+    prompt: _Prompt = Field(
         description="one or several, as text or as token ids; max_tokens defaults to 16"
     )
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -132,8 +190,6 @@ class CompletionRequest(GenerationBody):
     def _plain_prompts(
         cls, prompt: str | list[str] | list[int] | list[list[int]]
     ) -> str | list[str] | list[int] | list[list[int]]:
-        if not prompt and prompt != "":
-            raise ValueError("an empty list")
         for text in [prompt] if isinstance(prompt, str) else prompt:
             if isinstance(text, str):
                 plain(text)

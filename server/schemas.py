@@ -28,6 +28,9 @@ class StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+_OF_ANSWERS = {"refusal", "annotations", "audio", "function_call", "tool_calls"}
+
+
 def plain(text: str) -> str:
     """The text itself; a ValueError if it holds what no text should."""
     if match := _UNUSABLE.search(text):
@@ -46,7 +49,8 @@ class TextPart(StrictBody):
 class Message(StrictBody):
     """A turn of the conversation that the response answers."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
+    name: str | None = Field(default=None, description="taken, and not used")
     content: Annotated[
         Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
         Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
@@ -58,6 +62,19 @@ class Message(StrictBody):
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_answers_add(cls, message: Any) -> Any:
+        # So that an answer can be sent back as a turn, as OpenAI's clients keep it.
+        if not isinstance(message, dict):
+            return message
+        return {k: v for k, v in message.items() if k not in _OF_ANSWERS or v not in (None, [])}
+
+    @property
+    def turn(self) -> dict[str, str]:
+        """What chat templates know: `developer` is what OpenAI now calls `system`."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
 
     @model_validator(mode="after")
     def _no_control_characters(self) -> Message:
@@ -71,7 +88,7 @@ class ScoreRequest(StrictBody):
     model: str | None = Field(
         default=None, description="id of the ensemble; default: the one served"
     )
-    messages: list[Message] | None = Field(
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = Field(
         default=None, min_length=1, description="rendered with the target's chat template"
     )
     prompt: str | None = Field(default=None, description="raw text that the response continues")

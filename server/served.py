@@ -34,7 +34,7 @@ class Served:
 
     def render(self, messages: list[schemas.Message]) -> str:
         """A conversation as the target's chat template writes it."""
-        return self.encoder.render([{"role": m.role, "content": m.text} for m in messages])
+        return self.encoder.render([message.turn for message in messages])
 
     def estimator(self, weights_version: str) -> schemas.Estimator:
         """What produced an answer's numbers."""

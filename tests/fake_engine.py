@@ -69,7 +69,7 @@ class FakeEngine:
             reason = reason or ("length" if len(made) == sampling.max_new_tokens else None)
             scores = self._scores(ids) if sampling.measured else None
             likeliest = [[(token_id, -0.5), (7, -1.5)][: sampling.top] for token_id in ids]
-            yield Generated(ids, scores, likeliest, reason)
+            yield Generated(ids, scores, likeliest, reason, self.weights_version)
             if reason:
                 return
 

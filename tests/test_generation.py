@@ -264,7 +264,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("max_tokens", {"max_tokens": 0}, 400, "max_tokens"),
     ("two lengths", {"max_tokens": 2, "max_completion_tokens": 3}, 400, None),
     ("n", {"n": 0}, 400, "n"),
-    ("many", {"n": 129}, 400, "n"),
+    ("many choices", {"n": 129}, 400, "n"),
     ("empty stop", {"stop": ""}, 400, None),
     ("empty stop in a list", {"stop": ["a", ""]}, 400, None),
     ("seed", {"seed": 7}, 400, "seed"),
@@ -273,7 +273,9 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("top_logprobs", {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ("penalty", {"presence_penalty": 0.5}, 400, "presence_penalty"),
     ("options without a stream", {"stream_options": {"include_usage": True}}, 400, None),
-    ("tools", {"tools": []}, 400, "tools"),
+    ("tools", {"tools": [{"type": "function"}]}, 400, "tools"),
+    ("echo as a number", {"echo": 0}, 400, "echo"),
+    ("format", {"response_format": {"type": "json_object"}}, 400, "response_format"),
     ("measure", {"uncertainty_stop": {"measure": "fear", "threshold": 1}}, 400, None),
     ("threshold", {"uncertainty_stop": {"threshold": -1}}, 400, "uncertainty_stop.threshold"),
     ("no threshold", {"uncertainty_stop": {"window": 3}}, 400, "uncertainty_stop.threshold"),
@@ -323,8 +325,63 @@ async def test_what_means_nothing_is_taken(service: Service) -> None:
     await chat(service, temperature=0, seed=1234)
     assert service.engine.samplings[-1].seed is None
     service.engine.takes_seed = True
-    await chat(service, seed=1234)
-    assert service.engine.samplings[-1].seed == 1234
+    await chat(service, seed=1234, n=3)
+    # Choices by one seed would all be the same.
+    assert [sampling.seed for sampling in service.engine.samplings[-3:]] == [1234, 1235, 1236]
+    idle = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+    idle |= {"logit_bias": {}, "parallel_tool_calls": None, "metadata": None, "functions": None}
+    await chat(service, **idle)
+    body = {"prompt": "a", "echo": False, "best_of": 1, "suffix": None}
+    assert (await service.client.post("/v1/completions", json=body)).status_code == 200
+
+
+async def test_an_answer_can_be_sent_back_as_a_turn(service: Service) -> None:
+    message = (await chat(service))["choices"][0]["message"]
+    turns = [{"role": "developer", "content": "Brief."}, *QUESTION, message]
+    turns.append({"role": "user", "content": "And?", "name": "me"})
+    await chat(service, messages=turns)
+    score = await service.score(messages=turns, response="Paris.")
+    assert score.status_code == 200
+
+
+async def test_long_lists_that_are_wrong_fail_at_once(service: Service) -> None:
+    ids = [1] * 200_000
+    for prompt in ([*ids, "a"], ["a", *ids], [[1], *ids]):
+        response = await service.client.post("/v1/completions", json={"prompt": prompt})
+        assert error_of(response, 400)["param"].startswith("prompt")
+    response = await service.client.post("/v1/chat/completions", json={"messages": ids})
+    assert error_of(response, 400)["param"].startswith("messages")
+
+
+async def test_too_many_prompts_are_not_tokenised_first(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"prompt": ["a"] * 1000, "logprobs": 20}
+    refused = error_of(await service.client.post("/v1/completions", json=body), 400)
+    assert "log-probs" in refused["message"]
+    monkeypatch.setattr(TextEncoder, "token_ids", lambda *_, **__: pytest.fail("tokenised"))
+    response = await service.client.post("/v1/completions", json={"prompt": ["a"] * 1001})
+    assert error_of(response, 400)["code"] == "too_many_items"
+
+
+async def test_many_choices_leave_the_engine_room_for_others(service: Service) -> None:
+    body = {"prompt": ["a"] * 500, "max_tokens": 2}
+    response = await service.client.post("/v1/completions", json=body)
+    assert len(response.json()["choices"]) == 500
+    assert 1 < service.engine.most_running <= 32
+
+
+async def test_the_fingerprint_is_that_of_the_weights_that_answered(service: Service) -> None:
+    engine = service.engine
+    engine.release.clear()
+    waiting = asyncio.create_task(chat(service, uncertainty=True))
+    while not engine.running:
+        await asyncio.sleep(0.001)
+    engine.weights_version = "fake-2"
+    engine.release.set()
+    answer = await waiting
+    assert answer["system_fingerprint"] == "fake-2"
+    assert answer["choices"][0]["uncertainty"]["estimator"]["weights_version"] == "fake-2"
 
 
 async def test_errors_in_mid_stream_are_told_by_an_event(service: Service) -> None:
@@ -449,7 +506,7 @@ async def test_streams_do_not_mix(service: Service, encoder: TextEncoder) -> Non
             async for step in plain_stream(token_ids, sampling):
                 ids = [mine.pop(0) if mine else END for _ in step.token_ids]
                 reason = "stop" if ids[-1] == END else step.finish_reason
-                yield type(step)(ids, None, [[] for _ in ids], reason)
+                yield type(step)(ids, None, [[] for _ in ids], reason, step.weights_version)
                 if reason:
                     return
 

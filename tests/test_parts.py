@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from vllm.logprobs import FlatLogprobs
 
 from drafts import channel
 from drafts.aggregate import aggregate
 from drafts.divergence import measures
 from drafts.errors import NonFiniteError
 from drafts.gate import Gate
+from drafts.outputs import read_step
 from drafts.residual import ResidualConfig, ResidualHead, confidence, draw_scale
 from drafts.residual_group import ResidualGroup
 from drafts.scores import TokenScores
@@ -102,6 +106,39 @@ def test_scaled_draws_have_the_mean_kl_that_is_asked_for(
         assert (near | (scale > 1.999)).all()
     else:
         assert (got <= 1.5 * kl + 1e-6).all()
+
+
+def test_a_step_that_holds_several_tokens_is_read_like_each_alone() -> None:
+    """vLLM merges steps through a dict, which leaves out what it has twice."""
+
+    def step(*rows: list[tuple[int, float]]) -> SimpleNamespace:
+        flat = FlatLogprobs()
+        for row in rows:
+            ids, values = [token for token, _ in row], [value for _, value in row]
+            flat.append_fast(
+                ids, values, itertools.chain([8], range(1, len(ids))), [None] * len(ids)
+            )
+        return SimpleNamespace(
+            token_ids=[row[0][0] for row in rows], logprobs=flat, finish_reason=None
+        )
+
+    columns = [(100 + i, 2.5 + i) for i in range(channel.M)]
+    likely = [(7, -1.0), *columns, (7, -1.0), (8, -2.0)]  # sampled: the likeliest
+    unlikely = [(9, -5.0), *columns, (7, -1.0), (8, -2.0)]  # sampled: beyond them
+    apart = [read_step(step(row), 2, 100, "v1") for row in (likely, unlikely)]
+    merged = step(likely)
+    merged.logprobs.extend(step(unlikely).logprobs)
+    merged.token_ids.append(9)
+    twice = step(likely)
+    twice.logprobs = FlatLogprobs()
+    twice.logprobs.extend(step(likely).logprobs)  # as vLLM does
+    together = read_step(merged, 2, 100, "v1")
+    assert together.likeliest == [one.likeliest[0] for one in apart]
+    assert [[token for token, _ in row] for row in together.likeliest] == [[7, 8], [7, 8]]
+    assert read_step(twice, 2, 100, "v1").likeliest == apart[0].likeliest
+    assert together.scores is not None
+    assert together.scores.logprob.tolist() == [-1.5, -5.5]
+    assert together.scores.rank.tolist() == [3, 3]
 
 
 def test_a_group_of_students_does_what_each_does_alone() -> None:

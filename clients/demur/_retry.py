@@ -9,7 +9,8 @@ import httpx
 from demur.errors import APIStatusError
 
 _STATUSES = frozenset({408, 429, 502, 503})
-# No answer came, and none is being worked on. After a read timeout the service may still be at it.
+# The connection is gone, and with it what the service was doing for it; after a read timeout the
+# service may still be at it.
 _DROPPED = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 _FIRST_S = 0.5

@@ -39,8 +39,10 @@ class ChatStream:
     def close(self) -> None:
         """Close the connection."""
         self._closed = True
-        self._rest.close()
+        # First, and whoever is reading: it is what ends the generation.
         self._response.close()
+        with suppress(ValueError):  # another thread is in the generator, and is about to leave it
+            self._rest.close()
 
     def __iter__(self) -> Iterator[ChatChunk]:
         return self
@@ -101,8 +103,9 @@ class AsyncChatStream:
     async def aclose(self) -> None:
         """Close the connection."""
         self._closed = True
-        await self._rest.aclose()
         await self._response.aclose()
+        with suppress(RuntimeError):  # as above, another task
+            await self._rest.aclose()
 
     def __aiter__(self) -> AsyncIterator[ChatChunk]:
         return self

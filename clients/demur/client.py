@@ -29,8 +29,9 @@ _T = TypeVar("_T")
 class Client:
     """Talks to a demur service. Threads may share one.
 
-    What fails before the service takes it up (no connection, 408, 429, 502, 503) is tried again,
-    after the time that the service asks for; a wait of over 60 s is left to the caller.
+    A request is sent again, whole, if the connection cannot be made or is lost (a stream: before
+    its first event), and after a 408, 429, 502 or 503, when the service asks for it; a wait of over
+    60 s is left to the caller.
 
     Args:
         base_url: where it is, with or without `/v1`; default `DEMUR_BASE_URL`, else

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # EleutherAI's lm-evaluation-harness against demur, through its model type local-chat-completions.
 #
-#   pip install 'lm-eval[api]'
+#   pip install 'lm-eval[api]' ./clients
 #   bash clients/examples/lm_eval.sh
 #   bash clients/examples/lm_eval.sh --tasks gsm8k --limit 50     # tasks of lm-eval's own
 #
