@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -132,6 +133,7 @@ async def stock(dtype: str) -> AsyncIterator[Callable[[Work], Awaitable[Any]]]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     set_environment()
+    os.environ["VLLM_PLUGINS"] = ""  # demur's changes how vLLM's processes wait for each other
     llm = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=str(load_ensemble(default_folder()).target_path),

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -122,6 +123,7 @@ async def stock(
     from vllm.v1.engine.async_llm import AsyncLLM
 
     set_environment()
+    os.environ["VLLM_PLUGINS"] = ""  # demur's changes how vLLM's processes wait for each other
     llm = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=str(load_ensemble(folder).target_path),
