@@ -13,9 +13,11 @@ import pytest
 from drafts.text import TextEncoder
 from tests.conftest import Service, run_service
 from tests.fake_engine import END
+from tests.hang_up import hang_up
 from tests.test_http import QUESTION, error_of
 
 CHAT = {"messages": QUESTION}
+PATH = "/v1/chat/completions"
 MEASURES = {"entropy", "total", "aleatoric", "jsd", "kl", "epistemic"}
 
 
@@ -427,40 +429,6 @@ async def test_choices_take_places_in_the_queue(encoder: TextEncoder) -> None:
         assert service.app.state.demur.admission.pending == 0
 
 
-async def hang_up(
-    service: Service, body: dict[str, Any], when: Callable[[bytes], bool]
-) -> list[dict[str, Any]]:
-    """Send a body, and hang up once `when` holds of what came; what came."""
-    sent: list[dict[str, Any]] = []
-    messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    content = json.dumps(body).encode()
-    messages.put_nowait({"type": "http.request", "body": content, "more_body": False})
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/v1/chat/completions",
-        "raw_path": b"/v1/chat/completions",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "client": ("127.0.0.1", 1),
-        "server": ("demur", 80),
-        "scheme": "http",
-        "root_path": "",
-    }
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    call = asyncio.create_task(service.app(scope, messages.get, send))
-    while not when(b"".join(message.get("body", b"") for message in sent)):
-        await asyncio.sleep(0.001)
-    messages.put_nowait({"type": "http.disconnect"})
-    await asyncio.wait_for(call, 5)
-    return sent
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
 async def test_a_client_that_hangs_up_frees_its_places(
@@ -469,7 +437,7 @@ async def test_a_client_that_hangs_up_frees_its_places(
     engine = service.engine
     engine.release.clear()
     body = CHAT | {"stream": stream, "n": n}
-    await hang_up(service, body, lambda _: engine.running == n)
+    await hang_up(service.app, PATH, body, lambda _: engine.running == n)
     assert engine.running == 0
     assert engine.cancelled == n
     assert service.app.state.demur.admission.pending == 0
@@ -484,7 +452,7 @@ async def test_hanging_up_in_mid_stream(service: Service) -> None:
             engine.release.clear()
         return content.count(b"data: ") >= 3 and engine.running == 1
 
-    sent = await hang_up(service, CHAT | {"stream": True}, when)
+    sent = await hang_up(service.app, PATH, CHAT | {"stream": True}, when)
     assert not any(b"[DONE]" in message.get("body", b"") for message in sent)
     assert engine.running == 0
     assert engine.cancelled == 1

@@ -12,6 +12,7 @@ from drafts.text import TextEncoder
 from server.app import create_app
 from server.settings import Settings
 from tests.conftest import Service, run_service
+from tests.hang_up import hang_up
 
 QUESTION = [{"role": "user", "content": "Capital?"}]
 GOOD: dict[str, Any] = {"messages": QUESTION, "response": "Tokyo."}
@@ -265,33 +266,7 @@ async def test_a_deadline(encoder: TextEncoder) -> None:
 
 async def test_a_client_that_hangs_up_frees_its_place(service: Service) -> None:
     service.engine.release.clear()
-    sent: list[Any] = []
-    body = json.dumps(GOOD).encode()
-    messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/v1/score",
-        "raw_path": b"/v1/score",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "client": ("127.0.0.1", 1),
-        "server": ("demur", 80),
-        "scheme": "http",
-        "root_path": "",
-    }
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    call = asyncio.create_task(service.app(scope, messages.get, send))
-    while service.engine.running == 0:
-        await asyncio.sleep(0.001)
-    messages.put_nowait({"type": "http.disconnect"})
-    await asyncio.wait_for(call, 5)
+    await hang_up(service.app, "/v1/score", GOOD, lambda _: service.engine.running == 1)
     assert service.engine.running == 0
     assert service.engine.cancelled == 1
     assert service.app.state.demur.admission.pending == 0
