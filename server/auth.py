@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import SecretStr
 
-from server.errors import Unauthorized
+from server.errors import Forbidden, Unauthorized
 from server.settings import Settings
 
 _bearer = HTTPBearer(auto_error=False, description="Needed where the service has keys.")
@@ -31,13 +31,18 @@ def authorise_admin(request: Request, credentials: _Credentials) -> None:
     """Let in whoever has one of `admin_keys`; everybody if the service has no keys at all.
 
     Raises:
+        Forbidden: with a key that is good for scoring only.
         Unauthorized: without a key that fits.
     """
     settings: Settings = request.app.state.demur.settings
     if not settings.api_keys and not settings.admin_keys:
         return
-    if not _fits(credentials, settings.admin_keys):
-        raise Unauthorized("an admin key is needed: one of the service's `admin_keys`")
+    if _fits(credentials, settings.admin_keys):
+        return
+    if _fits(credentials, settings.api_keys):
+        has = "one of the service's `admin_keys`" if settings.admin_keys else "it has none set"
+        raise Forbidden(f"this key may score and generate; here an admin key is needed: {has}")
+    raise Unauthorized("an admin key is needed: one of the service's `admin_keys`")
 
 
 def _fits(credentials: HTTPAuthorizationCredentials | None, keys: list[SecretStr]) -> bool:

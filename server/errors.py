@@ -3,6 +3,7 @@
 ApiError
 ├── BadRequest        400
 ├── Unauthorized      401
+├── Forbidden         403
 ├── NotFound          404
 ├── TooLarge          413
 ├── QueueFull         429, with Retry-After
@@ -69,6 +70,10 @@ class Unauthorized(ApiError):
         self.headers["WWW-Authenticate"] = "Bearer"
 
 
+class Forbidden(ApiError):
+    status, type, code = 403, "permission_error", "admin_key_needed"
+
+
 class NotFound(ApiError):
     status, type, code = 404, "invalid_request_error", "not_found"
 
@@ -133,8 +138,8 @@ def _path(location: list[Any]) -> str:
     """("messages", 0, "role") as messages[0].role"""
     path = ""
     for before, part in zip([None, *location], location, strict=False):
-        if before == "content" and part in ("text", "parts"):
-            continue  # the name of a member of the union that a content is
+        if before in ("content", "prompt", "stop") and isinstance(part, str):
+            continue  # the name of a member of the union that it is
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path.lstrip(".")
 

@@ -18,7 +18,7 @@ from server.state import Serving
 
 scored = APIRouter(prefix="/v1", dependencies=[Depends(authorise)], responses=errors(400, 401))
 administered = APIRouter(
-    prefix="/v1", dependencies=[Depends(authorise_admin)], responses=errors(401)
+    prefix="/v1", dependencies=[Depends(authorise_admin)], responses=errors(401, 403)
 )
 open_to_all = APIRouter()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -267,7 +268,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("two lengths", {"max_tokens": 2, "max_completion_tokens": 3}, 400, None),
     ("n", {"n": 0}, 400, "n"),
     ("many choices", {"n": 129}, 400, "n"),
-    ("empty stop", {"stop": ""}, 400, None),
+    ("empty stop", {"stop": ""}, 400, "stop"),
     ("empty stop in a list", {"stop": ["a", ""]}, 400, None),
     ("seed", {"seed": 7}, 400, "seed"),
     ("huge seed", {"seed": 10**30, "temperature": 0}, 400, "seed"),
@@ -314,7 +315,8 @@ BAD_PROMPTS = [[], [[]], [1, "a"], ["a", 1], [-1], [320], [[5], [320]], None, 7,
 @pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=str)
 async def test_bad_prompts(service: Service, prompt: Any) -> None:
     error = error_of(await service.client.post("/v1/completions", json={"prompt": prompt}), 400)
-    assert error["param"].startswith("prompt")
+    # The field and the place in it, and no name of our own for a kind of prompt.
+    assert re.fullmatch(r"prompt(\[\d+\])*", error["param"])
 
 
 async def test_what_means_nothing_is_taken(service: Service) -> None:
@@ -523,14 +525,15 @@ async def test_drafts_need_an_admin_key_where_there_are_keys(encoder: TextEncode
         return await service.client.get("/v1/drafts", headers=headers)
 
     async for service in run_service(encoder, api_keys=["key"], admin_keys=["admin"]):
-        for key in (None, "wrong", "key"):
+        for key in (None, "wrong"):
             assert error_of(await get(service, key), 401)["code"] == "invalid_api_key"
+        assert error_of(await get(service, "key"), 403)["code"] == "admin_key_needed"
         assert (await get(service, "admin")).status_code == 200
         # An admin's key is good for scoring as well.
         headers = {"Authorization": "Bearer admin"}
         assert (await service.client.get("/v1/models", headers=headers)).status_code == 200
     async for service in run_service(encoder, api_keys=["key"]):
-        error_of(await get(service, "key"), 401)
+        assert "none set" in error_of(await get(service, "key"), 403)["message"]
     async for service in run_service(encoder, admin_keys=["admin"]):
         error_of(await get(service, None), 401)
         assert (await service.client.get("/v1/models")).status_code == 200

@@ -16,8 +16,8 @@ try:
     import typer
 except ImportError:  # the SDK alone was installed
     sys.exit(
-        "the demur command needs its extra: pip install 'demur[cli]' "
-        "(in a clone of the repository: pip install './clients[cli]')"
+        "the demur command needs its extra: in a clone of the repository, "
+        "pip install './clients[cli]'"
     )
 
 from demur._cli_common import INTERRUPTED, USAGE

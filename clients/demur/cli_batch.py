@@ -38,6 +38,7 @@ class Tally:
     scored: int = 0
     failed: int = 0
     unreached: int = 0
+    last_unreached: APIConnectionError | None = None
     tokens: float = 0
     epistemic: float = 0
 
@@ -54,6 +55,8 @@ class Tally:
             result, APITimeoutError
         )
         self.unreached = self.unreached + 1 if unreached else 0
+        if unreached and isinstance(result, APIConnectionError):
+            self.last_unreached = result
 
     def __str__(self) -> str:
         counts = f"{self.scored} scored, {self.failed} failed"
@@ -93,8 +96,9 @@ def score_lines(
                 raise result
             if isinstance(result, DemurError) and tally.unreached >= concurrency:
                 raise result
-    if isinstance(result, DemurError) and tally.unreached == tally.scored + tally.failed:
-        raise result  # fewer items than would have ended it above, and none reached the service
+    if tally.last_unreached is not None and not tally.scored:
+        # Fewer items than would have ended it above, and none came back with a score.
+        raise tally.last_unreached
     if tally.failed:
         raise typer.Exit(SOME_FAILED)
 
