@@ -115,10 +115,10 @@ class _Counted(ChatAnswer):
     """Counts tokens, as the engine does: the chunk alone does not tell."""
 
     new = 0
+    total = 0
 
     def chunk(self, part: Any) -> str:
-        # All but the last part of a choice are one token each; the last has the sum.
-        self.total = getattr(self, "total", 0)
+        # A part is nearly always one token; the last has the sum, which puts the others right.
         self.new = part.n_generated - self.total if part.n_generated else 1
         self.total += self.new
         return super().chunk(part)
