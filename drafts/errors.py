@@ -3,6 +3,7 @@
 DraftsError
 ├── ManifestError      an ensemble folder that cannot be used; the sentence says what differs
 ├── StoreError         a version of the drafts store that is not there or not whole
+├── CalibrationError   a calibration that cannot be used, or answers that none can be fitted to
 ├── WeightsError       draft weights that are broken, wrongly shaped or not finite
 ├── EngineNotReady     the engine is starting, stopping or dead
 └── NonFiniteError     a forward pass produced NaN or infinity
@@ -15,6 +16,10 @@ class DraftsError(Exception):
 
 class ManifestError(DraftsError):
     """An ensemble folder that cannot be used."""
+
+
+class CalibrationError(DraftsError):
+    """A calibration that cannot be used, or answers that none can be fitted to."""
 
 
 class WeightsError(DraftsError):

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from drafts.calibration import CALIBRATION_NAME
 from drafts.errors import DraftsError, ManifestError
 from drafts.manifest import MANIFEST_NAME, Ensemble, load_ensemble, read_manifest
 from drafts.shipped import SHIPPED, add_shipped
@@ -74,6 +75,8 @@ def init_default(
         if made_here and there == {"exit"}:
             kind = "exit"
         report(f"{folder} is of an earlier version, and is made again")
+        if (folder / CALIBRATION_NAME).exists():
+            report(f"its {CALIBRATION_NAME} goes with the drafts that it was fitted with")
     elif folder.exists() and any(folder.iterdir()):
         raise ManifestError(f"{folder} is not empty and holds no ensemble; choose another folder")
     shipped = SHIPPED / (kind or "residual")

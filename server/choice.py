@@ -12,6 +12,7 @@ from drafts.early_stop import EarlyStop
 from drafts.scores import Generated, Sampling, TokenScores
 from drafts.spans import find_spans
 from server import metrics
+from server.judgement import Judgement, judge
 from server.openai_schemas import (
     MEASURES,
     ChoiceUncertainty,
@@ -26,10 +27,18 @@ from server.served import Served
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a choice goes on from: its tokens, and the words in it that a person wrote."""
+
+    token_ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
 class Job:
     """What a request asks of the engine. Choice i goes on from prompt i // n."""
 
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     n: int
     sampling: Sampling
     stop: list[str]
@@ -62,10 +71,13 @@ _Row = tuple[TokenScores | None, int, list[tuple[int, float]]]
 class Choice:
     """The state of one choice."""
 
-    def __init__(self, served: Served, job: Job, prompt: list[int]) -> None:
+    def __init__(self, served: Served, job: Job, prompt: Prompt) -> None:
         self._served = served
         self._job = job
-        self._decoder: StreamDecoder[_Row] = StreamDecoder(served.encoder, prompt, job.stop)
+        self._asked = prompt.text
+        self._decoder: StreamDecoder[_Row] = StreamDecoder(
+            served.encoder, prompt.token_ids, job.stop
+        )
         self._early: EarlyStop | None = None
         if job.early is not None:
             self._early = EarlyStop(job.early.threshold, job.early.window)
@@ -152,17 +164,19 @@ class Choice:
         rows = [scores.row(i) for scores, i, _ in (p.kept for p in self._shown) if scores]
         sequence: dict[str, float | int] = {"n_tokens": 0}
         spans = []
+        judgement = Judgement()
         if rows:
             scores = TokenScores.join(rows)
             sequence = aggregate(scores)
+            judgement = judge(self._served, scores, [p.text for p in self._shown], self._asked)
             text, offsets = _offsets(self._shown)
             spans = spans_out(text, find_spans(text, offsets, scores.epistemic))
             metrics.EPISTEMIC.observe(sequence["epistemic_mean"])
             metrics.JSD.observe(sequence["jsd_mean"])
         return ChoiceUncertainty(
             estimator=self._served.estimator(self._version),
-            # A calibrator turns the sequence into a probability; without one there is none.
-            hallucination_score=None,
+            hallucination_score=judgement.hallucination_score,
+            warnings=judgement.warnings,
             sequence=sequence,
             spans=spans,
         )

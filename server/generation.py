@@ -75,12 +75,15 @@ class Generator:
         """One choice from its first token to its last."""
         prompt = job.prompts[index // job.n]
         choice = Choice(self.served, job, prompt)
-        metrics.TOKENS.labels("prompt").inc(len(prompt))
+        metrics.TOKENS.labels("prompt").inc(len(prompt.token_ids))
         sampling = job.sampling
         if sampling.seed is not None:  # as vLLM does: choices by one seed would all be the same
             sampling = replace(sampling, seed=(sampling.seed + index % job.n) % 2**63)
         with told_to_clients():
-            async with room, aclosing(self.served.engine.stream(prompt, sampling)) as steps:
+            async with (
+                room,
+                aclosing(self.served.engine.stream(prompt.token_ids, sampling)) as steps,
+            ):
                 async for step in steps:
                     pieces = choice.take(step)
                     if choice.finish_reason is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from drafts.scores import Sampling
-from server.choice import Job
+from server import schemas
+from server.choice import Job, Prompt
 from server.errors import BadRequest, TooLarge
 from server.openai_schemas import ChatRequest, CompletionRequest, GenerationBody
 from server.served import Served, told_to_clients
@@ -49,7 +50,8 @@ async def chat_job(body: ChatRequest, served: Served) -> Job:
     given = body.max_completion_tokens or body.max_tokens
     room = served.engine.max_tokens + 1 - len(prompt)
     top = body.top_logprobs or 0
-    return _job(body, [prompt], given or max(room, 1), bool(body.logprobs), top, served)
+    prompts = [Prompt(prompt, schemas.said(body.messages))]
+    return _job(body, prompts, given or max(room, 1), bool(body.logprobs), top, served)
 
 
 async def completion_job(body: CompletionRequest, served: Served) -> Job:
@@ -62,26 +64,24 @@ async def completion_job(body: CompletionRequest, served: Served) -> Job:
     return _job(body, prompts, max_new, logprobs, body.logprobs or 0, served)
 
 
-def _prompts(
-    prompt: str | list[str] | list[int] | list[list[int]], served: Served
-) -> list[list[int]]:
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]], served: Served) -> list[Prompt]:
     texts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    prompts: list[list[int]] = []
+    prompts: list[Prompt] = []
     for text in texts:
         if isinstance(text, str):
-            prompts.append(served.encoder.token_ids(text, rendered=False))
+            prompts.append(Prompt(served.encoder.token_ids(text, rendered=False), text))
         elif isinstance(text, list):
-            prompts.append(text)
-    if any(token_id >= served.engine.vocab_size for ids in prompts for token_id in ids):
-        raise BadRequest(
-            f"prompt: token ids must be below {served.engine.vocab_size}", param="prompt"
-        )
+            if any(token_id >= served.engine.vocab_size for token_id in text):
+                raise BadRequest(
+                    f"prompt: token ids must be below {served.engine.vocab_size}", param="prompt"
+                )
+            prompts.append(Prompt(text, "".join(map(served.encoder.token_text, text))))
     return prompts
 
 
 def _job(
     body: GenerationBody,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     max_new_tokens: int,
     logprobs: bool,
     top: int,
@@ -89,7 +89,7 @@ def _job(
 ) -> Job:
     n = body.n or 1
     for prompt in prompts:
-        _check_length(len(prompt), max_new_tokens, served)
+        _check_length(len(prompt.token_ids), max_new_tokens, served)
     logprobs = logprobs or bool(body.uncertainty)
     if logprobs:
         _check_logprobs(n * len(prompts), max_new_tokens, top)

@@ -22,5 +22,13 @@ JSD = Histogram(
     "Mean disagreement among the drafts of scored responses; near zero, the drafts have collapsed",
     buckets=(0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1),
 )
+HALLUCINATION = Histogram(
+    "demur_hallucination_score",
+    "Calibrated probability that a scored response is wrong, where a calibration is loaded",
+    buckets=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1),
+)
+DOUBTED = Counter(
+    "demur_score_warnings", "Responses whose probability should be doubted, by reason", ["code"]
+)
 GENERATIONS = Counter("demur_generations", "Generated choices", ["finish_reason"])
 READY = Gauge("demur_ready", "1 while the engine answers")

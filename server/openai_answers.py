@@ -70,7 +70,7 @@ class _Answer:
         return self._head
 
     def _usage(self, n_generated: int) -> Usage:
-        return usage_out(sum(map(len, self.job.prompts)), n_generated)
+        return usage_out(sum(len(prompt.token_ids) for prompt in self.job.prompts), n_generated)
 
     def _by_choice(self, parts: list[Part]) -> Iterator[tuple[str, list[Part]]]:
         """Text and parts of each choice; the last part of each says how it ended."""

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.schemas import Estimator, Message, SpanOut, StrictBody, Usage, plain
+from server.schemas import Estimator, Message, ScoreWarning, SpanOut, StrictBody, Usage, plain
 
 Measure = Literal["entropy", "total", "aleatoric", "jsd", "kl", "epistemic"]
 MEASURES: tuple[str, ...] = get_args(Measure)
@@ -213,7 +213,10 @@ class ChoiceUncertainty(BaseModel):
     estimator: Estimator
     hallucination_score: float | None = Field(
         description="calibrated probability that the text is wrong, high = bad; "
-        "null where no calibrator is loaded"
+        "null where no calibration is loaded"
+    )
+    warnings: list[ScoreWarning] = Field(
+        default=[], description="why the hallucination_score should be doubted"
     )
     sequence: dict[str, float | int] = Field(description="n_tokens, and mean, max, sum of measures")
     spans: list[SpanOut] = Field(description="doubtful stretches of the text")

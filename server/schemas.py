@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -82,6 +83,11 @@ class Message(StrictBody):
         return self
 
 
+def said(messages: Sequence[Message]) -> str:
+    """The words of a conversation."""
+    return "\n".join(message.text for message in messages)
+
+
 class ScoreRequest(StrictBody):
     """A response to score, with what it answers: either messages or a prompt."""
 
@@ -114,6 +120,11 @@ class ScoreRequest(StrictBody):
         if self.messages is None and self.prompt is None:
             raise ValueError("messages or prompt is missing")
         return self
+
+    @property
+    def asked(self) -> str:
+        """What was said before the response."""
+        return self.prompt or said(self.messages or [])
 
 
 # Items of a list are validated one by one, so that a bad one fails alone.
@@ -188,6 +199,22 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class ScoreWarning(BaseModel):
+    """Why a hallucination_score should be doubted."""
+
+    code: Literal["far_from_calibration", "calibrated_on_other_weights"]
+    message: str
+
+
+class Calibration(BaseModel):
+    """What makes a hallucination_score of an answer's measures."""
+
+    id: str = Field(description="short hash of the ensemble's calibration.json")
+    kind: Literal["logistic", "isotonic"]
+    fitted_on: list[str] = Field(description="tasks whose answers it was fitted to")
+    n: int = Field(description="fitted answers")
+
+
 class ScoreResponse(BaseModel):
     """The uncertainty of a response."""
 
@@ -198,10 +225,14 @@ class ScoreResponse(BaseModel):
     estimator: Estimator
     hallucination_score: float | None = Field(
         description="calibrated probability that the response is wrong, high = bad; "
-        "null where no calibrator is loaded"
+        "null where no calibration is loaded"
     )
     flagged: bool | None = Field(description="hallucination_score > threshold; null without either")
     threshold: float | None
+    warnings: list[ScoreWarning] = Field(
+        default=[], description="why the hallucination_score should be doubted"
+    )
+    calibration: Calibration | None = None
     sequence: dict[str, float | int] = Field(description="n_tokens, and mean, max, sum of measures")
     tokens: list[Token]
     spans: list[SpanOut]
@@ -234,6 +265,9 @@ class Model(BaseModel):
     max_model_len: int
     drafts: int
     weights_version: str
+    calibration: str | None = Field(
+        default=None, description="id of what makes its hallucination_score; null without"
+    )
 
 
 class ModelList(BaseModel):

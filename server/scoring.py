@@ -20,6 +20,7 @@ from drafts.spans import Span, find_spans
 from drafts.text import EncodedText
 from server import metrics, schemas
 from server.errors import ApiError, DeadlineExceeded, from_validation
+from server.judgement import judge
 from server.served import Served, told_to_clients
 from server.settings import Settings
 
@@ -57,17 +58,20 @@ class Scorer:
         offsets = [(token.start, token.end) for token in text.tokens]
         spans = find_spans(request.response, offsets, scores.epistemic)
         sequence = aggregate(scores)
-        # A calibrator turns the sequence into a probability; without one there is none to give.
-        hallucination_score = None
+        judgement = judge(
+            self.served, scores, [request.response[a:b] for a, b in offsets], request.asked
+        )
         _observe(text, scores, sequence)
         return schemas.ScoreResponse(
             id=f"score-{uuid.uuid4().hex}",
             created=int(time.time()),
             model=self.served.name,
             estimator=self.served.estimator(scores.weights_version),
-            hallucination_score=hallucination_score,
-            flagged=None,
+            hallucination_score=judgement.hallucination_score,
+            flagged=judgement.flagged(request.threshold),
             threshold=request.threshold,
+            warnings=judgement.warnings,
+            calibration=self.served.calibrated_by(),
             sequence=sequence,
             tokens=_tokens(request.response, text, scores),
             spans=spans_out(request.response, spans),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from drafts.calibration import Calibration
 from drafts.errors import EngineNotReady, NonFiniteError
 from drafts.scores import ServingEngine
 from drafts.text import TextEncoder, TextError, TooManyTokens
@@ -22,6 +23,7 @@ class Served:
     engine: ServingEngine
     encoder: TextEncoder
     created: int = field(default_factory=lambda: int(time.time()))
+    calibration: Calibration | None = None
 
     def check_model(self, model: str | None) -> None:
         """Raise `NotFound` if a request names another model."""
@@ -39,6 +41,17 @@ class Served:
     def estimator(self, weights_version: str) -> schemas.Estimator:
         """What produced an answer's numbers."""
         return schemas.Estimator(drafts=self.engine.n_drafts, weights_version=weights_version)
+
+    def calibrated_by(self) -> schemas.Calibration | None:
+        """What makes probabilities of measures, if anything does."""
+        if self.calibration is None:
+            return None
+        return schemas.Calibration(
+            id=self.calibration.id,
+            kind=self.calibration.kind,
+            fitted_on=self.calibration.origin.names,
+            n=self.calibration.origin.n,
+        )
 
 
 @contextmanager

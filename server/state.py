@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from drafts.calibration import load_calibration
 from drafts.engine import Engine
 from drafts.errors import DraftsError, EngineNotReady
 from drafts.launch import abandon_start
@@ -65,6 +66,8 @@ class State:
 
     async def _bring_up(self, on_failure: Callable[[], None]) -> None:
         try:
+            # Before the engine, which takes long: a damaged one ends the process at once.
+            calibration = await asyncio.to_thread(load_calibration, self.settings.ensemble)
             name, engine, encoder = await self._start(self.settings)
         except DraftsError as error:
             self._fail(str(error), on_failure)
@@ -73,7 +76,7 @@ class State:
             logger.exception("unexpected error while starting")
             self._fail(f"{type(error).__name__}: {error}", on_failure)
             return
-        served = Served(name, engine, encoder)
+        served = Served(name, engine, encoder, calibration=calibration)
         self.serving = Serving(
             settings=self.settings,
             served=served,
@@ -83,7 +86,8 @@ class State:
         if self._ending:
             return
         metrics.READY.set(1)
-        logger.info("ready: %s, %d drafts", name, engine.n_drafts)
+        how = "no calibration" if calibration is None else f"calibration {calibration.id}"
+        logger.info("ready: %s, %d drafts, %s", name, engine.n_drafts, how)
 
     def _fail(self, reason: str, on_failure: Callable[[], None]) -> None:
         if self._ending:

@@ -50,7 +50,7 @@ async def run_service(encoder: TextEncoder, **settings: Any) -> AsyncIterator[Se
     async def start(_: Settings) -> tuple[str, FakeEngine, TextEncoder]:
         return "tiny", engine, encoder
 
-    app = create_app(Settings(ensemble=Path("unused"), **settings), start)
+    app = create_app(Settings(**{"ensemble": Path("unused")} | settings), start)
     async with app.router.lifespan_context(app):
         while app.state.demur.serving is None:
             await asyncio.sleep(0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from drafts.calibration import CALIBRATION_NAME
 from drafts.errors import ManifestError, WeightsError
 from drafts.exits import copy_exit
 from drafts.init import default_folder, init_default, write_manifest
@@ -177,9 +178,13 @@ def test_init_does_not_touch_what_it_did_not_make(tmp_path: Path) -> None:
 def test_an_older_default_is_made_again(tmp_path: Path) -> None:
     folder = mixed_ensemble(tmp_path / "ensemble")
     edit_manifest(folder, weights_version="exit-untrained-1")
+    # What was fitted with the old drafts does not stay with the new ones, nor go unsaid.
+    (folder / CALIBRATION_NAME).write_text("{}")
     lines: list[str] = []
     init_default(folder, lines.append)
     assert "is of an earlier version" in lines[0]
+    assert CALIBRATION_NAME in lines[1]
+    assert not (folder / CALIBRATION_NAME).exists()
     ensemble = load_ensemble(folder)
     shipped = read_manifest(SHIPPED / "residual")
     assert ensemble.manifest == shipped

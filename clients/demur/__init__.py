@@ -42,7 +42,18 @@ from demur.errors import (
 )
 from demur.heatmap import HeatMap
 from demur.params import ScoreItem, UncertaintyStop
-from demur.types import Draft, Drafts, Estimator, Model, Score, Span, Token, Usage
+from demur.types import (
+    Calibration,
+    Draft,
+    Drafts,
+    Estimator,
+    Model,
+    Score,
+    ScoreWarning,
+    Span,
+    Token,
+    Usage,
+)
 
 __all__ = [
     "APIConnectionError",
@@ -53,6 +64,7 @@ __all__ = [
     "AsyncClient",
     "AuthenticationError",
     "BadRequestError",
+    "Calibration",
     "ChatChoice",
     "ChatChunk",
     "ChatChunkChoice",
@@ -76,6 +88,7 @@ __all__ = [
     "RequestTooLargeError",
     "Score",
     "ScoreItem",
+    "ScoreWarning",
     "ServerError",
     "Span",
     "StreamError",

@@ -80,6 +80,11 @@ def complain(message: str) -> None:
     typer.secho(f"demur: {visible(message)}", fg="red", err=True)
 
 
+def warn(message: str) -> None:
+    """A line on standard error about what went well, and may mislead."""
+    typer.secho(f"demur: warning: {visible(message)}", fg="yellow", err=True)
+
+
 def usage(message: str) -> typer.BadParameter:
     """The error for a call that makes no sense."""
     return typer.BadParameter(message)

@@ -10,7 +10,7 @@ from pydantic import Field
 from demur._measures import DISTRIBUTION_MEASURES, Measure
 from demur.errors import DemurError
 from demur.heatmap import HeatMap, HeatToken
-from demur.types import Answer, Estimator, Span, Usage, source
+from demur.types import Answer, Estimator, ScoreWarning, Span, Usage, source
 
 
 class Uncertainty(Answer):
@@ -29,6 +29,7 @@ class ChoiceUncertainty(Answer):
 
     estimator: Estimator
     hallucination_score: float | None
+    warnings: list[ScoreWarning] = Field(default_factory=list)
     sequence: dict[str, int | float]
     spans: list[Span]
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from demur._cli_common import complain, console
+from demur._cli_common import complain, console, warn
 from demur._measures import Measure
 from demur._terminal import shaded
 from demur._visible import visible
@@ -60,9 +60,13 @@ class Show:
         for name in ("epistemic_mean", "epistemic_max"):
             if name in sequence:
                 parts.append(f"{name.replace('_', ' ')} {sequence[name]:.3f}")
+        if choice.uncertainty.hallucination_score is not None:
+            parts.append(f"wrong with probability {choice.uncertainty.hallucination_score:.2f}")
         reason = choice.finish_reason or ""
         parts += [_ENDED_BY.get(reason, visible(reason)), *doubtful(choice.heatmap())]
         self._notes.print(Text(", ".join(parts), style="dim"))
+        for warning in choice.uncertainty.warnings:
+            warn(warning.message)
 
 
 class Conversation:

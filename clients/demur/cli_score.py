@@ -19,6 +19,7 @@ from demur._cli_common import (
     print_json,
     read_text,
     usage,
+    warn,
 )
 
 
@@ -109,6 +110,8 @@ def _score_one(
         scored = client.score(
             response, messages=question, prompt=prompt, store=False if no_store else None
         )
+    for warning in scored.warnings:
+        warn(warning.message)
     heatmap = scored.heatmap(measure=measure)
     if html is not None:
         _write(html, heatmap.to_html())
@@ -116,6 +119,8 @@ def _score_one(
         print_json(scored)
     else:
         console().print(heatmap)
+        if scored.hallucination_score is not None:
+            print(f"probability that it is wrong: {scored.hallucination_score:.2f}")
 
 
 def _write(path: Path, text: str) -> None:

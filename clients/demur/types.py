@@ -5,7 +5,7 @@ Fields that a newer service adds are kept.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from demur._measures import DISTRIBUTION_MEASURES, Measure
 from demur.heatmap import HeatMap, HeatToken
@@ -61,12 +61,32 @@ class Usage(Answer):
     total_tokens: int
 
 
+class ScoreWarning(Answer):
+    """Why a `hallucination_score` should be doubted.
+
+    `code` is far_from_calibration (the text is unlike those that it was fitted to) or
+    calibrated_on_other_weights (the drafts have changed since).
+    """
+
+    code: str
+    message: str
+
+
+class Calibration(Answer):
+    """What makes a `hallucination_score`: fitted to n answers to the tasks of `fitted_on`."""
+
+    id: str
+    kind: str
+    fitted_on: list[str]
+    n: int
+
+
 class Score(Answer):
     """The uncertainty of a response.
 
     `hallucination_score` is a calibrated probability that the response is wrong (high = bad), and
-    None where the service has no calibrator. `sequence` has the number of tokens, and of each
-    measure its mean, max and sum, in nats.
+    None where the service has no calibration; `warnings` say why it should be doubted. `sequence`
+    has the number of tokens, and of each measure its mean, max and sum, in nats.
     """
 
     id: str
@@ -76,6 +96,8 @@ class Score(Answer):
     hallucination_score: float | None
     flagged: bool | None
     threshold: float | None
+    warnings: list[ScoreWarning] = Field(default_factory=list)
+    calibration: Calibration | None = None
     sequence: dict[str, int | float]
     tokens: list[Token]
     spans: list[Span]
@@ -112,7 +134,7 @@ class Score(Answer):
 
 
 class Model(Answer):
-    """A served ensemble: a target with its drafts."""
+    """A served ensemble: a target with its drafts, and the id of its calibration if it has one."""
 
     id: str
     created: int
@@ -120,6 +142,7 @@ class Model(Answer):
     max_model_len: int
     drafts: int
     weights_version: str
+    calibration: str | None = None
 
 
 class Draft(Answer):
