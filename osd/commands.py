@@ -1,4 +1,4 @@
-"""`demur synthesize` and `demur distill`."""
+"""`demur synthesize`, `demur distill` and `demur rivals`."""
 
 from __future__ import annotations
 
@@ -98,6 +98,35 @@ def distill(
     elif read.teacher == "posterior":
         typer.echo("kl_drafts, the mean KL(p_T || q_k), should have fallen")
     typer.echo(f"serve it: demur serve --ensemble {result.ensemble}")
+
+
+def rivals(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs that `demur eval` made")],
+    ensemble: Annotated[
+        Path | None, typer.Option(help="folder with demur.json; default: the one of `demur init`")
+    ] = None,
+    tokur: Annotated[
+        int | None,
+        typer.Option(min=0, help="so many answers get TokUR's ten passes; default: all of them"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of TokUR's noise")] = 0,
+) -> None:
+    """Measure a run's answers by rivals that need the target itself, TokUR among them."""
+    from drafts.manifest import load_ensemble
+    from drafts.text import TextEncoder
+    from osd.rivals import load_target, measure_run
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        target = load_ensemble(ensemble or default_folder()).target_path
+        teacher, encoder = load_target(target), TextEncoder(target)
+        for run in runs:
+            added = measure_run(run, teacher, encoder, with_tokur=tokur, seed=seed)
+            typer.echo(f"{run}: {added} answers measured")
+    except (DraftsError, OsdError) as error:
+        _fail(error)
+    except OSError as error:
+        _fail_of_a_file(error)
 
 
 def _fail_of_a_file(error: OSError) -> NoReturn:

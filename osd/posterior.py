@@ -125,9 +125,15 @@ class WeightPosterior:
 
 @torch.no_grad()
 def tokur_states(
-    model: Any, posterior: WeightPosterior, token_ids: list[int], samples: int, seed: int
+    model: Any,
+    posterior: WeightPosterior,
+    token_ids: list[int],
+    samples: int,
+    seed: int,
+    first: int = 0,
 ) -> Tensor:
-    """Final hidden states of TokUR's samples, shape [M, T, d]; the first sample is unperturbed.
+    """Final hidden states of TokUR's samples from token `first` on, shape [M, T - first, d]; the
+    first sample is unperturbed.
 
     As decoding with TokUR's released code: a perturbed token sees the clean keys and values of all
     that stands before it, and its own perturbed ones. Here all tokens of a text go at once: with
@@ -138,22 +144,23 @@ def tokur_states(
     ids = torch.tensor([token_ids], device=model.device)
     n_tokens = ids.shape[1]
     cache = DynamicCache(config=model.config)
-    states = [model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state[0]]
+    clean = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    states = [clean[first:]]
     past = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=ids.device).tril(-1)
-    own = torch.eye(n_tokens, dtype=torch.bool, device=ids.device)
-    allowed = torch.cat([past, own], dim=1)
+    own = torch.eye(n_tokens - first, dtype=torch.bool, device=ids.device)
+    allowed = torch.cat([past[first:], own], dim=1)
     mask = torch.zeros(allowed.shape, dtype=model.dtype, device=ids.device)
     mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
     for sample in range(1, samples):
         with posterior.token_noise(seed + sample):
             out = model.base_model(
-                ids,
+                ids[:, first:],
                 past_key_values=cache,
                 use_cache=True,
                 attention_mask=mask[None, None],
-                position_ids=torch.arange(n_tokens, device=ids.device)[None],
+                position_ids=torch.arange(first, n_tokens, device=ids.device)[None],
             )
-        cache.crop(-n_tokens)
+        cache.crop(first - n_tokens)
         states.append(out.last_hidden_state[0])
     return torch.stack(states)
 

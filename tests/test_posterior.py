@@ -127,6 +127,18 @@ def test_tokur_is_decoding_with_a_clean_cache(architecture: str) -> None:
         assert not torch.allclose(got[sample], got[0], atol=1e-2)
 
 
+def test_tokur_of_an_answer_alone_is_that_of_its_place_in_the_text() -> None:
+    """From a token on: the unperturbed rows are those of the whole, and so is the noise's law."""
+    model = small_model()
+    posterior = WeightPosterior(model, PosteriorConfig(sigma=0.5))
+    whole = tokur_states(model, posterior, IDS, samples=400, seed=11)
+    part = tokur_states(model, posterior, IDS, samples=400, seed=5000, first=3)
+    assert part.shape == (400, len(IDS) - 3, 32)
+    assert torch.allclose(part[0], whole[0, 3:], atol=1e-5)
+    spread = [rows[1:].std(0).mean(-1) for rows in (whole[:, 3:], part)]
+    assert torch.allclose(*spread, rtol=0.1)
+
+
 def _decoded(model: Any, posterior: WeightPosterior, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     # The noise of every layer and token, in the order in which one pass over the text draws it.
