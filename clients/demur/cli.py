@@ -22,11 +22,12 @@ except ImportError:  # the SDK alone was installed
 
 from demur._cli_common import INTERRUPTED, USAGE
 from demur.cli_chat import chat
+from demur.cli_eval import evaluate
 from demur.cli_lists import drafts, models
 from demur.cli_score import score
 
 # Known, so that who has the SDK alone is told what to install.
-SERVER_COMMANDS = ("serve", "init", "demo", "distill", "synthesize")
+SERVER_COMMANDS = ("serve", "init", "demo", "distill", "synthesize", "rivals", "calibrate")
 
 app = typer.Typer(
     help="Token by token, how much a language model does not know what it is saying.",
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 for _command in (score, chat, drafts, models):
     app.command()(_command)
+app.command("eval")(evaluate)
 
 
 def main() -> None:
