@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.special import digamma
-from tests.tiny import byte_level_tokenizer, save_lm, save_tokenizer
 from transformers import AutoModelForCausalLM
 
 from drafts.text import TextEncoder
@@ -17,7 +16,7 @@ from osd.errors import OsdError
 from osd.posterior import PosteriorConfig, WeightPosterior
 from osd.rivals import measure, measure_run
 from osd.teacher import Teacher
-
+from tests.tiny import byte_level_tokenizer, save_lm, save_tokenizer
 
 PROMPT = "What is the capital of Japan?"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -88,6 +90,7 @@ def evaluate(
                 asyncio.run(_carry_on(base_url, known[name], questions, run, asking, concurrency))
                 refused += _refused(run, questions)
                 runs.append(run)
+            _conclude(runs, report)
         except BrokenPipeError:
             raise  # `outcome` knows what to do
         except (SetError, RunError, OSError) as error:
@@ -119,6 +122,35 @@ def _refused(run: Run, questions: Sequence[Question]) -> int:
             f"{run.answers}; {refused[0].id}: {refused[0].error}"
         )
     return len(refused)
+
+
+def _conclude(runs: Sequence[Run], report: Path | None) -> None:
+    """How often the target was right; and the report, if one is wanted."""
+    from demur.evals.analysis import load_run, tasks
+
+    loaded = [load_run(run.folder) for run in runs]
+    for task in tasks(loaded):
+        accuracy = task["accuracy"]
+        print(
+            f"{task['task']} ({task['mode']}): {task['n']} answers, {accuracy['value']:.1%} right "
+            f"({accuracy['low']:.1%} to {accuracy['high']:.1%}): {task['verdict']}"
+        )
+    if report is not None:
+        from demur.evals.findings import find
+        from demur.evals.report import write_report
+
+        with _steps() as on_step:
+            found = find(loaded, commands=[shlex.join(["demur", *sys.argv[1:]])], on_step=on_step)
+        print(f"report: {write_report(found, report)}")
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """Says on a terminal which table is being made."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("report") as status:
+        yield lambda title: status.update(f"report: {title}")
 
 
 async def _carry_on(

@@ -49,7 +49,13 @@ class Table:
     """
 
     def __init__(
-        self, title: str, answers: Sequence[Answer], *, half: str, note: str = "", n_boot: int = 1000
+        self,
+        title: str,
+        answers: Sequence[Answer],
+        *,
+        half: str,
+        note: str = "",
+        n_boot: int = 1000,
     ) -> None:
         self.title, self.note, self.half = title, note, half
         self.answers = list(answers)
@@ -67,9 +73,7 @@ class Table:
         self.judge = Judge(
             self.wrong,
             groups=[answer.record.group for answer in answers],
-            strata=[
-                answer.record.group if several else answer.record.task for answer in answers
-            ],
+            strata=[answer.record.group if several else answer.record.task for answer in answers],
             lengths=[answer.n_tokens for answer in answers],
             n_boot=n_boot,
         )
@@ -218,7 +222,11 @@ def _accuracy(right: Floats) -> Json:
     n, share, z = len(right), float(np.mean(right)), 1.96
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {"value": round(share, 4), "low": round(centre - half, 4), "high": round(centre + half, 4)}
+    return {
+        "value": round(share, 4),
+        "low": round(centre - half, 4),
+        "high": round(centre + half, 4),
+    }
 
 
 def _disagrees(answer: Answer) -> bool:

@@ -192,13 +192,17 @@ async def patiently(
     call: Callable[[], Awaitable[_T]], passing: Callable[[BaseException], bool] = may_pass
 ) -> _T:
     """What `call` gives; errors that are `passing` are waited out, for minutes."""
+
+    async def once() -> _T:  # tenacity awaits what it sees is a coroutine function
+        return await call()
+
     retrying = AsyncRetrying(
         stop=stop_after_attempt(_FEWEST_TRIES) & stop_after_delay(_PATIENCE_S),
         wait=_wait,
         retry=retry_if_exception(passing),
         reraise=True,
     )
-    return await retrying(call)
+    return await retrying(once)
 
 
 def _wait(state: RetryCallState) -> float:

