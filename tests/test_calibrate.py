@@ -84,7 +84,7 @@ def test_a_run_becomes_a_calibration(tmp_path: Path, ensemble: Path) -> None:
         # The run has five digits of each measure.
         want = fitted.probability(scores, claim)
         assert one["hallucination_score"] == pytest.approx(want, abs=1e-3)
-    assert len(fitted.features) == 7
+    assert len(fitted.features) == 10
     origin = fitted.origin
     assert [(task.task, task.mode, task.n) for task in origin.tasks] == [
         ("facts/capital", "generate", 90),
@@ -94,7 +94,7 @@ def test_a_run_becomes_a_calibration(tmp_path: Path, ensemble: Path) -> None:
     assert wrong == pytest.approx(sum(MADE.wrong[:120]))
     assert (origin.model, origin.weights_version, origin.half) == ("tiny", "fake-1", "dev")
     assert str(folder) in origin.command
-    assert "--feature=total_sentence" in origin.command
+    assert "--feature=jsd_sentence" in origin.command
     assert fitted.held_out.groups == 40
     for said in (
         "120 answers of tiny, weights fake-1",

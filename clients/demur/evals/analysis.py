@@ -54,10 +54,9 @@ class Table:
         answers: Sequence[Answer],
         *,
         half: str,
-        note: str = "",
         n_boot: int = 1000,
     ) -> None:
-        self.title, self.note, self.half = title, note, half
+        self.title, self.half = title, half
         self.answers = list(answers)
         self.detectors: dict[str, Detector] = {}
         self.doubts: dict[str, Floats] = {}
@@ -222,11 +221,8 @@ def _accuracy(right: Floats) -> Json:
     n, share, z = len(right), float(np.mean(right)), 1.96
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {
-        "value": round(share, 4),
-        "low": round(centre - half, 4),
-        "high": round(centre + half, 4),
-    }
+    values = {"value": share, "low": centre - half, "high": centre + half}
+    return {name: round(value, 4) for name, value in values.items()}
 
 
 def _disagrees(answer: Answer) -> bool:

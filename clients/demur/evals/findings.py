@@ -192,7 +192,7 @@ def _half(answers: Sequence[Answer], half: str) -> list[Answer]:
 def _as_json(table: Table, ensemble_cost: float | None) -> Json:
     return {
         "title": table.title,
-        "note": table.note,
+        "note": "",
         "n": len(table.answers),
         "wrong": int(table.wrong.sum()),
         "half": table.half,
