@@ -117,12 +117,16 @@ class EvalService:
         return [prompt_of(body) for body in self.asked if body.get("temperature") == 0]
 
     def die(self) -> None:
-        """Answer what is under way, and refuse connections from then on."""
-        self._server.should_exit = True
+        """Answer what is under way, and nothing from then on; for `mishap` to call."""
+        # What uvicorn does when it ends, but at once: by itself it looks every 0.1 s if it shall.
+        for listening in self._server.servers:
+            listening.close()
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
 
     def end(self) -> None:
         self.held = False
-        self.die()
+        self._server.should_exit = True
         self._thread.join()
 
     async def _watched(self, scope: Message, receive: Any, send: Any) -> None:

@@ -347,7 +347,7 @@ def test_an_interrupt_ends_it_at_once(run: Cli) -> None:
             process.stdin.flush()
             wait_until(lambda: run.engine.running >= 3)
             process.send_signal(2)
-            assert process.wait(timeout=20) == 130
+            assert process.wait(timeout=60) == 130
             assert process.stderr is not None
             assert "Traceback" not in process.stderr.read().decode()
     finally:
@@ -428,7 +428,7 @@ def test_results_are_written_as_they_come(run: Cli, tmp_path: Path) -> None:
         wait_until(lambda: out.read_text().endswith("\n"))
         assert lines(out.read_text())[0]["index"] == 0
         process.stdin.close()
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
     assert len(lines(out.read_text())) == 4
 
 

