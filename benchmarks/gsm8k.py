@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from cost import ensemble_cost
-from demur.evals.analysis import LoadedRun, Table, as_json, load_run
+from demur.evals.analysis import LoadedRun, Table, load_run
+from demur.evals.bootstrap import Estimate
 from demur.evals.findings import CALIBRATED, choose, find
 from demur.evals.report import write_report
 from side_by_side import machine, versions
@@ -84,31 +85,35 @@ def goals(edge: list[LoadedRun], cost: float, n_boot: int) -> list[dict[str, Any
     assert chosen is not None
     found: list[dict[str, Any]] = []
 
-    def goal(name: str, value: Any, bound: str, holds: bool) -> None:
-        found.append({"name": name, "value": value, "bound": bound, "holds": bool(holds)})
+    def goal(name: str, value: Estimate | float, bound: str, holds: bool) -> None:
+        shown: Any = value
+        if isinstance(value, Estimate):
+            low, high = value.interval()
+            shown = f"{value.value:.4f} [{low:.4f}, {high:.4f}]"
+        found.append({"name": name, "value": shown, "bound": bound, "holds": bool(holds)})
 
     for metric in ("auroc", "auroc_within"):
         for rival in (LIKELIHOOD, ENTROPY, LENGTH):
             gain = table.difference(metric, chosen, rival)
             low = gain.interval()[0]
-            goal(f"{chosen} over {rival}, {metric}", as_json(gain), "interval above 0", low > 0)
+            goal(f"{chosen} over {rival}, {metric}", gain, "interval above 0", low > 0)
         tokur = [name for name in table.detectors if name.startswith("tokur") and "_10 " in name]
         # The strictest reading: TokUR's best statistic by the test half itself.
         best = table.best(metric, tokur)
         gap = table.difference(metric, chosen, best)
-        goal(f"{chosen} against {best}, {metric}", as_json(gap), ">= -0.01", gap.value >= -0.01)
+        goal(f"{chosen} against {best}, {metric}", gap, ">= -0.01", gap.value >= -0.01)
     goal("added cost over TokUR's, M = 10", round(cost / 9, 4), "< 0.2", cost / 9 < 0.2)
     matched = table.metric("auroc_length_matched", chosen)
-    goal(f"{chosen}, length-matched AUROC", as_json(matched), ">= 0.70", matched.value >= 0.70)
+    goal(f"{chosen}, length-matched AUROC", matched, ">= 0.70", matched.value >= 0.70)
     if CALIBRATED in table.doubts:
         single = [name for name in table.detectors if name != CALIBRATED]
         for metric in ("auroc", "auroc_within"):
             best = table.best(metric, single)
             gain = table.difference(metric, CALIBRATED, best)
             name = f"calibrated score over the best single detector ({best}), {metric}"
-            goal(name, as_json(gain), "> 0", gain.value > 0)
+            goal(name, gain, "> 0", gain.value > 0)
         ece = table.judge.ece(table.doubts[CALIBRATED])
-        goal("ECE of the calibrated score", as_json(ece), "<= 0.05", ece.value <= 0.05)
+        goal("ECE of the calibrated score", ece, "<= 0.05", ece.value <= 0.05)
     return found
 
 
