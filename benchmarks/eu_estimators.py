@@ -12,12 +12,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cost import ensemble_cost, head_cost, unit
 from eu_compare import Estimate, Floats
 from eu_probe import inputs, load_probe
 from torch import Tensor
 from tqdm import tqdm
 
+from drafts.cost import ensemble_cost, head_cost, unit
 from drafts.divergence import measures
 from drafts.manifest import Ensemble, ResidualDraft
 from drafts.reference import Reference

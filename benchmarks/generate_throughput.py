@@ -28,9 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cost import draft_heads_cost, draft_layers_cost, head_cost, layers_cost, students_cost
 from side_by_side import machine, measure, versions
 
+from drafts.cost import draft_heads_cost, draft_layers_cost, head_cost, layers_cost, students_cost
 from drafts.engine import Engine, EngineConfig
 from drafts.init import default_folder, init_default
 from drafts.launch import set_environment

@@ -19,30 +19,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cost import ensemble_cost
 from demur.evals.analysis import LoadedRun, Table, load_run
 from demur.evals.bootstrap import Estimate
-from demur.evals.findings import CALIBRATED, choose, find
+from demur.evals.findings import CALIBRATED, added_passes, choose, find
 from demur.evals.report import write_report
 from side_by_side import machine, versions
 
 from drafts.init import default_folder
-from drafts.manifest import load_ensemble
 
 RESULTS = Path(__file__).parent / "results"
+JOINED = ("runs", "tasks", "tables", "paired", "curves", "disagreements", "localisation")
 LIKELIHOOD, ENTROPY, LENGTH = "surprisal mean", "entropy mean", "length"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=default_folder().parent / "evals")
-    parser.add_argument("--ensemble", type=Path, default=default_folder())
     parser.add_argument("--report", type=Path, help="folder for report.html")
     parser.add_argument("--n-boot", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=RESULTS / "gsm8k.json")
     arguments = parser.parse_args()
 
-    cost = sum(ensemble_cost(load_ensemble(arguments.ensemble)))
     edge = [load_run(arguments.runs / f"{name}-generate") for name in ("facts", "sums")]
     others = [
         load_run(folder)
@@ -50,14 +47,12 @@ def main() -> None:
         if (folder := arguments.runs / name).exists()
     ]
     commands = [line.strip() for line in str(__doc__).split("\n") if line.startswith("    ")]
-    found = find(
-        edge, commands=commands, ensemble_cost=cost, n_boot=arguments.n_boot, on_step=print
-    )
+    found = find(edge, commands=commands, n_boot=arguments.n_boot, on_step=print)
     for run in others:
-        one = find([run], commands=[], ensemble_cost=cost, n_boot=arguments.n_boot, on_step=print)
-        for key in ("runs", "tasks", "tables", "disagreements", "localisation"):
+        one = find([run], commands=[], n_boot=arguments.n_boot, on_step=print)
+        for key in JOINED:
             found[key] += one[key]
-    found["goals"] = goals(edge, cost, arguments.n_boot)
+    found["goals"] = goals(edge, arguments.n_boot)
     if arguments.report is not None:
         print(f"report: {write_report(found, arguments.report)}")
     result = {
@@ -72,7 +67,7 @@ def main() -> None:
         print(f"{'met   ' if goal['holds'] else 'MISSED'} {goal['name']}: {goal['value']}")
 
 
-def goals(edge: list[LoadedRun], cost: float, n_boot: int) -> list[dict[str, Any]]:
+def goals(edge: list[LoadedRun], n_boot: int) -> list[dict[str, Any]]:
     """The issue's goals, on the test halves of facts and sums together.
 
     AUROC is stated over all pairs and over those within a task: a detector can gain the first by
@@ -81,8 +76,11 @@ def goals(edge: list[LoadedRun], cost: float, n_boot: int) -> list[dict[str, Any
     answers = [answer for run in edge for answer in run.answers]
     test = [answer for answer in answers if answer.record.half == "test"]
     table = Table("facts + sums: test half", test, half="test", n_boot=n_boot)
-    chosen = choose(answers)
+    chosen, cost = choose(answers), added_passes(edge)
     assert chosen is not None
+    assert cost is not None
+    if table.note:
+        raise SystemExit(f"{table.title}: {table.note} Measure all of them first")
     found: list[dict[str, Any]] = []
 
     def goal(name: str, value: Estimate | float, bound: str, holds: bool) -> None:
@@ -106,12 +104,14 @@ def goals(edge: list[LoadedRun], cost: float, n_boot: int) -> list[dict[str, Any
     matched = table.metric("auroc_length_matched", chosen)
     goal(f"{chosen}, length-matched AUROC", matched, ">= 0.70", matched.value >= 0.70)
     if CALIBRATED in table.doubts:
-        single = [name for name in table.detectors if name != CALIBRATED]
-        for metric in ("auroc", "auroc_within"):
-            best = table.best(metric, single)
-            gain = table.difference(metric, CALIBRATED, best)
-            name = f"calibrated score over the best single detector ({best}), {metric}"
-            goal(name, gain, "> 0", gain.value > 0)
+        singles = [one for one in table.detectors.values() if one.name != CALIBRATED]
+        one_pass = [one for one in singles if one.family not in ("samples", "tokur")]
+        for words, some in (("at any cost", singles), ("of one pass", one_pass)):
+            for metric in ("auroc", "auroc_within"):
+                best = table.best(metric, [one.name for one in some])
+                gain = table.difference(metric, CALIBRATED, best)
+                name = f"calibrated score over the best single detector {words} ({best}), {metric}"
+                goal(name, gain, "> 0", gain.value > 0)
         ece = table.judge.ece(table.doubts[CALIBRATED])
         goal("ECE of the calibrated score", ece, "<= 0.05", ece.value <= 0.05)
     return found

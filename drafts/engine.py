@@ -20,6 +20,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from drafts.cost import ensemble_cost
 from drafts.errors import EngineNotReady, WeightsError
 from drafts.gate import Gate
 from drafts.launch import EngineConfig, build, runs_on_cpu, set_environment
@@ -88,6 +89,11 @@ class Engine:
     def manifest(self) -> Manifest:
         """The manifest of the ensemble that serves now."""
         return self._ensemble.manifest
+
+    @property
+    def added_passes(self) -> float:
+        """What the drafts cost, in forward passes of the target."""
+        return sum(ensemble_cost(self._ensemble))
 
     @property
     def ensemble(self) -> Ensemble:

@@ -44,15 +44,16 @@ def claim_of(pieces: Sequence[str], asked: str) -> Claim:
     text = "".join(pieces)
     ends = np.array(list(accumulate(map(len, pieces))), dtype=np.int64)
     starts = ends - [len(piece) for piece in pieces]
+    # An empty token has the first bytes of the character that comes next.
+    ends = np.maximum(ends, starts + 1)
 
-    def marks(start: int, end: int) -> Marks:
-        touched = (starts < end) & (start < ends)
+    def marks(span: tuple[int, int] | None) -> Marks:
+        touched = np.zeros(len(pieces), dtype=bool)
+        if span is not None:
+            touched = (starts < span[1]) & (span[0] < ends)
         return touched if touched.any() else np.ones(len(pieces), dtype=bool)
 
-    return Claim(
-        sentence=marks(0, first_sentence(text)),
-        name=marks(*(first_name(text, asked) or (0, len(text)))),
-    )
+    return Claim(sentence=marks((0, first_sentence(text))), name=marks(first_name(text, asked)))
 
 
 def top_tenth(values_T: FloatArray) -> float:

@@ -118,10 +118,11 @@ def rivals(
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        target = load_ensemble(ensemble or default_folder()).target_path
-        teacher, encoder = load_target(target), TextEncoder(target)
+        loaded = load_ensemble(ensemble or default_folder())
+        teacher, encoder = load_target(loaded.target_path), TextEncoder(loaded.target_path)
         for run in runs:
-            added = measure_run(run, teacher, encoder, with_tokur=tokur, seed=seed)
+            name = loaded.manifest.name
+            added = measure_run(run, teacher, encoder, model=name, with_tokur=tokur, seed=seed)
             typer.echo(f"{run}: {added} answers measured")
     except (DraftsError, OsdError) as error:
         _fail(error)

@@ -65,28 +65,41 @@ def load_target(path: Path) -> Teacher:
 
 
 def measure_run(
-    folder: Path, teacher: Teacher, encoder: TextEncoder, *, with_tokur: int | None, seed: int
+    folder: Path,
+    teacher: Teacher,
+    encoder: TextEncoder,
+    *,
+    model: str,
+    with_tokur: int | None,
+    seed: int,
 ) -> int:
     """Measure the answers of a run that are not measured yet, and return how many those were.
 
+    An answer that cannot be cut into tokens as the service would has no line.
+
     Args:
+        model: the target's name, as the service that was asked gives it.
         with_tokur: so many answers get TokUR's passes, as near as can be half of them right and
             half wrong; None is all. Which they are depends on their ids alone.
 
     Raises:
-        OsdError: if the folder holds no run.
+        OsdError: if the folder holds no run, or one of another target.
     """
     answers = _read(folder / "answers.jsonl")
+    if (asked := _settings(folder).get("model")) != model:
+        raise OsdError(f"{folder} is of {asked}, and this is {model}; name its --ensemble")
     costly = {answer["id"] for answer in _balanced(answers, with_tokur)}
     file = folder / RIVALS
-    done = _done(file)
+    done = _done(file, {answer["id"]: answer["response"] for answer in answers})
     waiting = [answer for answer in answers if (answer["id"], answer["id"] in costly) not in done]
+    added = 0
     with file.open("a", encoding="utf-8") as out:
         for answer in tqdm(waiting, desc=f"rivals of {folder.name}", unit="answer"):
             try:
                 text = _encode(encoder, answer)
             except TextError as error:
-                raise OsdError(f"{answer['id']}: {error}") from error
+                tqdm.write(f"{answer['id']} is left out: {error}")
+                continue
             samples = max(SAMPLES) if answer["id"] in costly else 1
             columns = measure(teacher, text, samples, derived_seed(seed, answer["id"]))
             pieces = [answer["response"][token.start : token.end] for token in text.tokens]
@@ -96,7 +109,8 @@ def measure_run(
             line = {"id": answer["id"], "tokur": samples > 1, "text": pieces, "columns": short}
             out.write(json.dumps(line) + "\n")
             out.flush()
-    return len(waiting)
+            added += 1
+    return added
 
 
 @torch.inference_mode()
@@ -163,7 +177,15 @@ def _read(file: Path) -> list[Answer]:
     return [answer for answer in found if "tokens" in answer and answer["response"]]
 
 
-def _done(file: Path) -> set[tuple[str, bool]]:
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OsdError(f"{folder} holds no run ({error}); `demur eval` makes one") from error
+    return found
+
+
+def _done(file: Path, responses: dict[str, str]) -> set[tuple[str, bool]]:
     """Which answers have a line, and whether with TokUR; a torn last line is cut off."""
     if not file.exists():
         return set()
@@ -172,6 +194,10 @@ def _done(file: Path) -> set[tuple[str, bool]]:
     if whole != content:
         file.write_bytes(whole)
     lines = [json.loads(line) for line in whole.splitlines()]
-    done = {(line["id"], line["tokur"]) for line in lines}
+    done = {
+        (line["id"], line["tokur"])
+        for line in lines
+        if "".join(line["text"]) == responses.get(line["id"])
+    }
     # What has TokUR needs no line without it.
     return done | {(id_, False) for id_, _ in done}

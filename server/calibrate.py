@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from server.labelled_runs import Labelled
 
 # The first ten of a forward selection by grouped cross-validation, on the dev half of facts and
-# sums that the default target answered.
+# sums that the default target answered: what a fit to those says of itself (`held_out`) is a little
+# too good, and the test half tells.
 LOGISTIC = (
     "jsd_sentence",
     "surprisal_name",
@@ -99,7 +100,8 @@ def _judge_unseen(calibration: Calibration, labelled: Labelled, runs: list[Path]
     lines: dict[Path, list[str]] = {run: [] for run in runs}
     for one in labelled.unseen:
         score = round(calibration.probability(one.scores, one.claim), 6)
-        lines[one.run].append(json.dumps({"id": one.id, "hallucination_score": score}) + "\n")
+        line = {"id": one.id, "hallucination_score": score, "calibration": calibration.id}
+        lines[one.run].append(json.dumps(line) + "\n")
     for run, found in lines.items():
         partial = run / f"{UNSEEN}.partial"
         partial.write_text("".join(found), encoding="utf-8")

@@ -69,6 +69,7 @@ def _model(served: Served) -> schemas.Model:
         max_model_len=served.engine.max_tokens,
         drafts=served.engine.n_drafts,
         weights_version=served.engine.weights_version,
+        added_passes=round(served.engine.added_passes, 4),
         calibration=None if served.calibration is None else served.calibration.id,
     )
 

@@ -265,6 +265,10 @@ class Model(BaseModel):
     max_model_len: int
     drafts: int
     weights_version: str
+    added_passes: float = Field(
+        description="what the drafts cost for a token, in forward passes of the target "
+        "(multiply-adds, attention scores left out)"
+    )
     calibration: str | None = Field(
         default=None, description="id of what makes its hallucination_score; null without"
     )

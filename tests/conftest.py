@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 
 from drafts.text import TextEncoder
@@ -22,6 +23,10 @@ from server.app import create_app
 from server.settings import Settings
 from tests.fake_engine import FakeEngine
 from tests.tiny import byte_level_tokenizer, save_tokenizer
+
+# No test asserts how long something takes: the machine may be busy.
+hypothesis.settings.register_profile("demur", deadline=None)
+hypothesis.settings.load_profile("demur")
 
 
 @pytest.fixture(scope="session")

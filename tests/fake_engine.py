@@ -38,6 +38,7 @@ class FakeEngine:
             ResidualDraft(kind="residual", name=f"draft_{letter}", source="student", draw=draw)
             for draw, letter in enumerate("abc")
         ]
+        self.added_passes = 0.25
         self.manifest = Manifest(
             format=1,
             name="tiny",

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cost import head_cost, layers_cost, student_cost
 from eu_compare import Estimate, best_scale, rmse_ratio, row, scaled
 from eu_estimators import first_drafts
 from eu_kept import kept
 from eu_rmse import checked
 from eu_table import write_tables
 
+from drafts.cost import head_cost, layers_cost, student_cost
 from drafts.manifest import load_ensemble
 from drafts.residual import ResidualConfig
 from tests.tiny import edit_manifest, mixed_ensemble

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from demur.evals import claims as theirs
+from demur.evals.detectors import touching
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drafts import claims
+from drafts.features import claim_of
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,17 @@ def test_server_and_harness_agree(text: str, prompt: str) -> None:
     assert claims.first_sentence(text) == theirs.first_sentence(text)
     assert claims.first_name(text, prompt) == theirs.first_name(text, prompt)
     assert 0 <= claims.first_sentence(text) <= len(text)
+
+
+@given(st.lists(st.sampled_from(["It", " is", " ", "", "Éire", ". ", "18", "\n", "no"])), st.text())
+def test_they_mark_the_same_tokens(pieces: list[str], prompt: str) -> None:
+    """Empty pieces too: first bytes of a character that the next piece has whole."""
+    text = "".join(pieces)
+    claim = claim_of(pieces, prompt)
+    name = theirs.first_name(text, prompt)
+    for marks, spans in (
+        (claim.sentence, [(0, theirs.first_sentence(text))]),
+        (claim.name, [] if name is None else [name]),
+    ):
+        expected = touching(pieces, spans)
+        assert marks.tolist() == (expected if expected.any() else ~expected).tolist()

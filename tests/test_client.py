@@ -231,7 +231,7 @@ async def test_a_stream_that_cannot_begin(call: Caller) -> None:
 
 async def test_what_is_served(call: Caller) -> None:
     (model,) = await call("models")
-    assert (model.id, model.drafts) == ("tiny", 4)
+    assert (model.id, model.drafts, model.added_passes) == ("tiny", 4, 0.25)
     drafts = await call("drafts")
     assert drafts.weights_version == model.weights_version
     assert [draft.name for draft in drafts.data] == ["early", "draft_a", "draft_b", "draft_c"]

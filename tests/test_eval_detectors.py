@@ -16,7 +16,6 @@ from demur.evals.detectors import (
     Answer,
     all_detectors,
     statistic,
-    table,
     touching,
 )
 from demur.evals.records import Columns, Record
@@ -210,13 +209,37 @@ def test_deepconf_of_a_scored_answer_comes_from_the_rivals() -> None:
         ("18", ["1", "2", "3", "4"], 1.0, math.log(4)),
         ("18", ["20", "20"], 1.0, 0.0),
         ("18", [None, "18"], 0.5, math.log(2)),
-        (None, [None, None], 0.0, 0.0),
     ],
 )
 def test_samples(
     extracted: str | None, samples: list[str | None], inconsistency: float, entropy: float
 ) -> None:
-    of = answer(extracted=extracted, sample_answers=samples)
+    texts = ["No idea."] * len(samples)
+    of = answer(extracted=extracted, sample_answers=samples, samples=texts)
+    assert doubt("self-consistency", of) == pytest.approx(inconsistency)
+    assert doubt("semantic entropy", of) == pytest.approx(entropy)
+
+
+@pytest.mark.parametrize(
+    "response, samples, inconsistency, entropy",
+    [
+        # A name that the grader does not know, in other words; and another such name.
+        ("It is Buenningi.", ["The capital: Buenningi, I think."] * 2, 0.0, 0.0),
+        ("It is Buenningi.", ["It is Kartzmara.", "It is Buenningi."], 0.5, math.log(2)),
+        # The name alone, and no name at all.
+        ("Buenningi", ["buenningi.", "It is unknown to me."], 0.5, math.log(2)),
+        ("i do not know.", ["I do not know. It is far.", "I do not know!"], 0.0, 0.0),
+    ],
+)
+def test_answers_without_a_final_one_agree_in_what_they_claim(
+    response: str, samples: list[str], inconsistency: float, entropy: float
+) -> None:
+    of = answer(
+        response=response,
+        prompt="What is the capital of Burundi?",
+        samples=samples,
+        sample_answers=[None] * len(samples),
+    )
     assert doubt("self-consistency", of) == pytest.approx(inconsistency)
     assert doubt("semantic entropy", of) == pytest.approx(entropy)
 
@@ -238,7 +261,7 @@ def test_what_was_not_measured_is_nan() -> None:
     free |= {"perplexity", "length", "random"}
     assert {name for name in DETECTORS if not math.isnan(doubt(name, of))} == free
     assert math.isnan(doubt("LogTokU mean", answer(rivals={"logtoku_au": [1.0] * len(TEXT)})))
-    assert math.isnan(doubt("self-consistency", answer(sample_answers=[])))
+    assert math.isnan(doubt("self-consistency", answer(samples=[], sample_answers=[])))
 
 
 def test_an_empty_answer_has_no_doubt() -> None:
@@ -286,6 +309,7 @@ SURE = measured(
     0.9,
     extracted="18",
     sample_answers=["18", "18", "18"],
+    samples=["18", "18", "18"],
     p_true=0.9,
     hallucination_score=0.1,
 )
@@ -294,6 +318,7 @@ DOUBTFUL = measured(
     0.2,
     extracted="18",
     sample_answers=["18", "20", "21"],
+    samples=["18", "20", "21"],
     p_true=0.2,
     hallucination_score=0.8,
 )
@@ -306,19 +331,6 @@ def test_doubt_is_greater_where_the_target_is_less_sure(name: str) -> None:
         assert more == less
     else:
         assert more > less
-
-
-def test_a_table_keeps_detectors_that_all_answers_have() -> None:
-    detectors = all_detectors()
-    full = table([SURE, DOUBTFUL], detectors)
-    assert full.keys() == DETECTORS.keys()
-    assert full["P(True)"].tolist() == [-0.9, -0.2]
-    plain = answer()
-    mixed = table([SURE, plain], detectors)
-    assert mixed.keys() == {name for name in DETECTORS if not math.isnan(doubt(name, plain))}
-    assert mixed["entropy max"].tolist() == [doubt("entropy max", SURE), 9]
-    endless = answer(columns={"entropy": [math.inf] * len(TEXT)})
-    assert "entropy mean" not in table([SURE, endless], detectors)
 
 
 def test_detectors_have_names_of_their_own() -> None:

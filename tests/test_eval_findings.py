@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from demur.evals._reading import headline
 from demur.evals.analysis import Table, load_run, tasks, verdict
-from demur.evals.detectors import all_detectors
+from demur.evals.detectors import STATISTICS, all_detectors
 from demur.evals.findings import choose, find, localisation
 from demur.evals.records import RunError
 from demur.evals.report import write_report
@@ -107,6 +109,63 @@ def test_the_dev_half_alone_decides(run: Path, tmp_path: Path) -> None:
     assert choose(turned.answers) == choose(load_run(run).answers)
 
 
+def test_each_metric_has_one_table_of_differences_with_the_best_rivals(
+    run: Path, tmp_path: Path
+) -> None:
+    lines = [line(i, p_true=0.5 + i / 1000) for i in range(N)]
+    found = find([load_run(write_run(tmp_path / "run", lines))], commands=[], n_boot=20)
+    titles = [one["title"] for one in found["paired"]]
+    assert list(dict.fromkeys(titles)) == [title for title, _ in groupby(titles)]
+    assert len(set(titles)) == 2
+    rivals = [one["rival"] for one in found["paired"] if one["title"] == titles[0]]
+    assert len(rivals) == len(set(rivals))
+    assert "P(True)" in rivals
+    assert not any(rival.startswith(("jsd", "total", "kl")) for rival in rivals)
+
+
+@pytest.mark.parametrize("half", ["dev", "test"])
+def test_a_half_alone_becomes_a_report(tmp_path: Path, half: str) -> None:
+    folder = write_run(tmp_path / "run", [line(i, half=half) for i in range(60)])
+    found = find([load_run(folder)], commands=[], n_boot=2)
+    assert [table["half"] for table in found["tables"]][:2] == ["all", half]
+    assert (found["chosen"] is None) == (half == "test")
+    assert found["paired"] == []
+    write_report(found, tmp_path / "out")
+
+
+def test_refused_questions_alone_become_a_report(tmp_path: Path) -> None:
+    refused = {k: v for k, v in line(0).items() if k != "tokens"} | {"error": "too long"}
+    folder = write_run(tmp_path / "run", [refused])
+    found = find([load_run(folder)], commands=[], n_boot=2)
+    assert (found["tables"], found["chosen"], found["runs"][0]["refused"]) == ([], None, 1)
+    write_report(found, tmp_path / "out")
+
+
+def test_few_right_answers_choose_nothing_and_are_no_verdict(tmp_path: Path) -> None:
+    """One right answer has an AUROC, and a narrow interval; it says nothing."""
+    lines = [line(i, correct=i < 4, half="dev" if i % 2 else "test") for i in range(400)]
+    for one in lines:
+        one["tokens"]["jsd"] = [0.0 if one["correct"] else 1.0] * 4
+    found = find([load_run(write_run(tmp_path / "run", lines))], commands=[], n_boot=20)
+    assert found["chosen"] is None
+    assert found["tables"][0]["rows"]
+    assert headline(found).verdict == "There are too few right answers to judge the detectors by."
+
+
+def test_the_costs_are_the_services(tmp_path: Path) -> None:
+    lines = [line(i) for i in range(60)]
+    paths = [
+        write_run(tmp_path / f"run{cost}", lines, set=f"s{cost}", added_passes=cost)
+        for cost in (0.9, 0.4)
+    ]
+    costs = []
+    for runs in ([load_run(paths[0])], [load_run(path) for path in paths]):
+        rows = find(runs, commands=[], n_boot=2)["tables"][0]["rows"]
+        costs.append({row["detector"]: row["cost"] for row in rows})
+    assert (costs[0]["jsd mean"], costs[0]["length"]) == (0.9, 0.0)
+    assert costs[1]["jsd mean"] is None
+
+
 def test_it_becomes_a_report(run: Path, tmp_path: Path) -> None:
     page = write_report(find([load_run(run)], commands=[], n_boot=20), tmp_path / "out")
     text = page.read_text()
@@ -134,14 +193,31 @@ def test_what_lies_beside_a_run_is_read_with_it(run: Path, tmp_path: Path) -> No
     ]
     text = "".join(json.dumps(one) + "\n" for one in rivals)
     (folder / "rivals.jsonl").write_text(text + '{"id": "q50", "te')  # killed in mid-line
-    scores = [{"id": one["id"], "hallucination_score": 0.25} for one in answered]
+    scores = [
+        {"id": one["id"], "hallucination_score": 0.25, "calibration": "c"} for one in answered
+    ]
     (folder / "calibrated.jsonl").write_text("".join(json.dumps(one) + "\n" for one in scores))
     loaded = load_run(folder)
     assert [len(answer.rivals) for answer in loaded.answers] == [1] * 50 + [0] * (N - 50)
     table = Table("x", loaded.answers[:50], half="all", n_boot=2)
     assert table.doubts["tokur_eu_10 mean"].tolist() == [float(i) for i in range(50)]
     assert set(table.doubts["hallucination_score"]) == {0.25}
-    assert "tokur_eu_10 mean" not in Table("x", loaded.answers, half="all", n_boot=2).doubts
+    whole = Table("x", loaded.answers, half="all", n_boot=2)
+    assert "tokur_eu_10 mean" not in whole.doubts
+    n = len(STATISTICS)
+    assert whole.note == f"Left out: {n} of tokur, which {N - 50} of these answers lack."
+    assert table.note == ""
+    # Of one answer it says nothing; what the service had said of it does not stand in.
+    (folder / "calibrated.jsonl").write_text("".join(json.dumps(one) + "\n" for one in scores[1:]))
+    lines[0]["hallucination_score"] = 0.75
+    (folder / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    loaded = load_run(folder)
+    assert loaded.calibration == "c"
+    assert loaded.answers[0].record.hallucination_score is None
+    # An answer that was given anew is not what the rivals measured.
+    lines[1]["response"] = "It is Kyoto."
+    (folder / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert [len(answer.rivals) for answer in load_run(folder).answers[:3]] == [1, 0, 1]
     (folder / "calibrated.jsonl").write_text("{}\n")
     with pytest.raises(RunError, match="delete it and make it again"):
         load_run(folder)

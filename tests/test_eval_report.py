@@ -100,7 +100,7 @@ def much() -> dict[str, Any]:
             for difference in (estimate(0.1), estimate(-0.1), estimate(0.01), estimate(None))
         ],
         "chosen": {"statistic": "demur <0>", "how": NASTY},
-        "calibration": {"title": NASTY, "features": [NASTY], "ece": estimate(0.05)}
+        "calibration": {"title": NASTY, "ids": [NASTY], "ece": estimate(0.05)}
         | {"brier": estimate(0.2), "auroc": estimate(math.nan)}
         | {"reliability": [{"probability": 0.25, "wrong": 0.375, "count": 1234}]},
         "curves": [{"title": NASTY, "n": 1200, "detectors": curves}],

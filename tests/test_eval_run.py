@@ -232,12 +232,30 @@ def test_other_data_is_refused(service: EvalService, data: Path, tmp_path: Path)
     assert service.asked == []
 
 
+@pytest.mark.parametrize("change", [("is_correct", True), ("solution", "A: 99"), ("question", "")])
+def test_other_answers_or_labels_are_refused(
+    service: EvalService, data: Path, tmp_path: Path, change: tuple[str, object]
+) -> None:
+    assert evaluate(data, tmp_path, "--mode", "score").exit_code == 0
+    file = data / "example_model_solutions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    key, value = change
+    where = rows[1] if key == "question" else rows[1]["6b_finetuning"]
+    assert where[key] != value
+    where[key] = value
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    service.asked.clear()
+    refused(evaluate(data, tmp_path, "--mode", "score"), "solutions/1/6b_finetuning is another")
+    assert service.asked == []
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"model": "other"}, "model = other, and now it is tiny"),
         ({"weights_version": "v0"}, "weights_version = v0, and now it is fake-1"),
         ({"drafts": 7}, "drafts = 7"),
+        ({"calibration": "abc"}, "calibration = abc, and now it is None"),
         ({"set": "svamp"}, "set = svamp"),
     ],
 )

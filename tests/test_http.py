@@ -338,6 +338,7 @@ async def test_models_version_metrics(service: Service) -> None:
     (model,) = (await service.client.get("/v1/models")).json()["data"]
     assert model["id"] == "tiny"
     assert model["weights_version"] == "fake-1"
+    assert model["added_passes"] == service.engine.added_passes
     version = (await service.client.get("/version")).json()
     assert version["torch"].startswith("2.13.0")
     await service.score(**GOOD)

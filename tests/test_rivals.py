@@ -33,6 +33,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Teacher, TextEncod
 def run_of(folder: Path, **answers: bool) -> Path:
     """A run with an answer for each name, which says whether it is right."""
     folder.mkdir()
+    (folder / "run.json").write_text('{"model": "tiny"}')
     lines = [
         {"id": name, "prompt": PROMPT, "response": f"It is {name}.", "correct": right, "tokens": {}}
         for name, right in answers.items()
@@ -88,16 +89,21 @@ def test_without_tokur_there_is_one_pass_and_the_same_rest(
 
 def test_a_run_is_gone_on_with(target: tuple[Teacher, TextEncoder], tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", Tokyo=True, Kyoto=False, Osaka=False)
-    assert measure_run(run, *target, with_tokur=None, seed=0) == 3
+    assert measure_run(run, *target, model="tiny", with_tokur=None, seed=0) == 3
     whole = lines_of(run)
     assert [line["id"] for line in whole] == ["Tokyo", "Kyoto", "Osaka"]
     assert "".join(map(str, whole[0]["text"])) == "It is Tokyo."  # type: ignore[call-overload]
     file = run / "rivals.jsonl"
     # Cut off in the middle of the second line: it and the third are made again, and are the same.
     file.write_bytes(file.read_bytes()[: len(json.dumps(whole[0])) + 40])
-    assert measure_run(run, *target, with_tokur=None, seed=0) == 2
+    assert measure_run(run, *target, model="tiny", with_tokur=None, seed=0) == 2
     assert lines_of(run) == whole
-    assert measure_run(run, *target, with_tokur=None, seed=0) == 0
+    assert measure_run(run, *target, model="tiny", with_tokur=None, seed=0) == 0
+    # A question that was asked again and answered otherwise.
+    answers = run / "answers.jsonl"
+    answers.write_text(answers.read_text().replace("It is Kyoto.", "It is Nara."))
+    assert measure_run(run, *target, model="tiny", with_tokur=None, seed=0) == 1
+    assert lines_of(run)[-1]["id"] == "Kyoto"
 
 
 def test_tokur_of_some_takes_as_many_right_as_wrong(
@@ -105,11 +111,11 @@ def test_tokur_of_some_takes_as_many_right_as_wrong(
 ) -> None:
     labels = {f"city{i}": i < 3 for i in range(12)}
     run = run_of(tmp_path / "run", **labels)
-    assert measure_run(run, *target, with_tokur=4, seed=0) == 12
+    assert measure_run(run, *target, model="tiny", with_tokur=4, seed=0) == 12
     chosen = [line["id"] for line in lines_of(run) if line["tokur"]]
     assert sorted(labels[str(name)] for name in chosen) == [False, False, True, True]
     # All of the rarer ones, where there are too few of them.
-    assert measure_run(run, *target, with_tokur=8, seed=0) == 4
+    assert measure_run(run, *target, model="tiny", with_tokur=8, seed=0) == 4
     chosen = [line["id"] for line in lines_of(run) if line["tokur"]]
     assert sum(labels[str(name)] for name in chosen) == 3
     assert len(chosen) == 8
@@ -117,4 +123,10 @@ def test_tokur_of_some_takes_as_many_right_as_wrong(
 
 def test_what_is_no_run_is_refused(target: tuple[Teacher, TextEncoder], tmp_path: Path) -> None:
     with pytest.raises(OsdError, match="`demur eval` makes it"):
-        measure_run(tmp_path, *target, with_tokur=None, seed=0)
+        measure_run(tmp_path, *target, model="tiny", with_tokur=None, seed=0)
+    run = run_of(tmp_path / "run", Tokyo=True)
+    with pytest.raises(OsdError, match="is of tiny, and this is small"):
+        measure_run(run, *target, model="small", with_tokur=None, seed=0)
+    (run / "run.json").unlink()
+    with pytest.raises(OsdError, match="holds no run"):
+        measure_run(run, *target, model="tiny", with_tokur=None, seed=0)

@@ -134,7 +134,11 @@ class Score(Answer):
 
 
 class Model(Answer):
-    """A served ensemble: a target with its drafts, and the id of its calibration if it has one."""
+    """A served ensemble: a target with its drafts.
+
+    `added_passes` is what the drafts cost for a token, in forward passes of the target;
+    `calibration` the id of what makes `hallucination_score`, None without.
+    """
 
     id: str
     created: int
@@ -142,6 +146,7 @@ class Model(Answer):
     max_model_len: int
     drafts: int
     weights_version: str
+    added_passes: float | None = None
     calibration: str | None = None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from demur._measures import MEASURES, Measure
+from demur.evals.analysis import few
 from demur.heatmap import HeatMap, HeatToken
 
 Row = dict[str, Any]
@@ -45,7 +46,13 @@ def headline(found: dict[str, Any]) -> Headline:
     own = next((row for row in ranked if row["family"] in _OWN), None)
     name = found["chosen"] and found["chosen"]["statistic"]
     chosen = next((row for row in ranked if row["detector"] == name), None)
-    return Headline(table, best, own, chosen, _verdict(ranked, chosen or own))
+    lacking = None if table is None else few(table["n"], table["wrong"])
+    verdict = (
+        f"There are too few {lacking} answers to judge the detectors by."
+        if lacking
+        else _verdict(ranked, chosen or own)
+    )
+    return Headline(table, best, own, chosen, verdict)
 
 
 def _verdict(ranked: Sequence[Row], own: Row | None) -> str:

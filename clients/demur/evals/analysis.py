@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from demur.evals.metrics import Judge
 from demur.evals.records import Record, Run, RunError
 
 RIVALS = "rivals.jsonl"
+_NO_RIVALS: dict[str, Any] = {"columns": {}, "text": []}
 CALIBRATED = "calibrated.jsonl"
 METRICS = ("auroc", "auroc_within", "auroc_length_matched", "auprc", "acc_star", "prr", "aurac")
 
@@ -33,12 +34,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run: its settings, the answers that have tokens, and how many questions have none."""
+    """A run: its settings, the answers that have tokens, and how many questions have none.
+
+    `calibration` is the id of what made its `hallucination_score`.
+    """
 
     folder: Path
     settings: Json
     answers: list[Answer]
     refused: int
+    calibration: str | None = None
 
 
 class Table:
@@ -46,6 +51,7 @@ class Table:
 
     Attributes:
         doubts: by detector, [N]; only detectors that all these answers have.
+        note: which detectors are left out, since only some of them have those.
     """
 
     def __init__(
@@ -60,11 +66,19 @@ class Table:
         self.answers = list(answers)
         self.detectors: dict[str, Detector] = {}
         self.doubts: dict[str, Floats] = {}
+        lacking: Counter[tuple[str, int]] = Counter()
         for detector in all_detectors():
             values = np.array([detector.doubt(answer) for answer in answers])
-            if np.isfinite(values).all():
+            n_lacking = int((~np.isfinite(values)).sum())
+            if not n_lacking:
                 self.detectors[detector.name] = detector
                 self.doubts[detector.name] = values
+            elif n_lacking < len(answers):
+                lacking[detector.family, n_lacking] += 1
+        self.note = " ".join(
+            f"Left out: {count} of {family}, which {n} of these answers lack."
+            for (family, n), count in lacking.items()
+        )
         self.wrong = np.array([not answer.record.correct for answer in answers])
         several = len({answer.record.group for answer in answers}) < len(
             {answer.record.id for answer in answers}
@@ -81,6 +95,11 @@ class Table:
     def can_be_judged(self) -> bool:
         """Are there right and wrong answers at all?"""
         return bool(self.wrong.any() and not self.wrong.all())
+
+    @property
+    def has_enough(self) -> bool:
+        """Are there so many of both that one detector can be preferred to another?"""
+        return few(len(self.wrong), int(self.wrong.sum())) is None
 
     def metric(self, name: str, detector: str) -> Estimate:
         """One of `METRICS` of a detector."""
@@ -125,13 +144,16 @@ def load_run(folder: Path) -> LoadedRun:
         if record.tokens is None or not record.tokens.text:
             refused += 1
             continue
-        if record.id in calibrated:
-            score = calibrated[record.id]["hallucination_score"]
+        if calibrated:  # and then none from elsewhere, lest two calibrations be mixed
+            score = calibrated.get(record.id, {}).get("hallucination_score")
             record = record.model_copy(update={"hallucination_score": score})
-        beside = rivals.get(record.id, {"columns": {}, "text": []})
+        beside = rivals.get(record.id, _NO_RIVALS)
+        if "".join(beside["text"]) != record.response:
+            beside = _NO_RIVALS  # of an earlier answer to the question
         columns = {name: np.array(values) for name, values in beside["columns"].items()}
         answers.append(Answer(record, columns, beside["text"]))
-    return LoadedRun(folder, settings, answers, refused)
+    first = next(iter(calibrated.values()), settings)
+    return LoadedRun(folder, settings, answers, refused, first.get("calibration"))
 
 
 def _beside(file: Path) -> dict[str, Json]:
@@ -180,9 +202,14 @@ def verdict(right: Iterable[bool]) -> str:
         return "too hard"
     if accuracy > _EASY:
         return "too easy"
-    if min(sum(labels), len(labels) - sum(labels)) < _FEW:
-        return "too few"
-    return "can be judged"
+    return "can be judged" if few(len(labels), sum(labels)) is None else "too few"
+
+
+def few(n: int, wrong: int) -> str | None:
+    """Of which kind, right or wrong, there are too few for an AUROC's interval to mean much."""
+    if min(wrong, n - wrong) >= _FEW:
+        return None
+    return "wrong" if wrong < n - wrong else "right"
 
 
 def disagreements(runs: Sequence[LoadedRun], limit: int = 50) -> list[Json]:

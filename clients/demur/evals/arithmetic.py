@@ -1,8 +1,9 @@
 """Problems that reasoning-gym makes, of any difficulty, with no end of them.
 
 Its item i of seed s is item 0 of seed s + i, so the halves' seeds are far apart. Small numbers
-soon repeat: an expression is in one half only, and its own characters decide in which; so is an
-equation, whatever its unknown is called, and a word problem, whatever its numbers are.
+soon repeat: an expression is in one half only, its mirror image with it, and its own characters
+decide in which; so is an equation, whatever its unknown is called, and a word problem, whatever its
+numbers are.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def _shared(metadata: dict[str, Any]) -> str:
         return str(metadata["equation"]).replace(metadata["variable"], "x")
     if "variables" in metadata:  # their names are the template's, and no other has the same
         return " ".join(sorted(metadata["variables"]))
-    return str(metadata["expression"])
+    terms = str(metadata["expression"]).split()
+    if len(terms) == 3 and terms[1] in "+*":  # 3 + 5 is 5 + 3
+        terms = [*sorted(terms[::2]), terms[1]]
+    return " ".join(terms)
 
 
 _ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

@@ -22,7 +22,7 @@ from demur.async_client import AsyncClient
 from demur.chat_types import ChatChoice
 from demur.errors import APIConnectionError, APIStatusError, BadRequestError, RequestTooLargeError
 from demur.evals.records import Columns, Record
-from demur.evals.sets import EvalSet, Question
+from demur.evals.sets import Asked, EvalSet, Question
 from demur.types import Score
 
 TOP_LOGPROBS = 20  # as DeepConf takes, and as many as OpenAI gives
@@ -75,14 +75,15 @@ async def ask(client: AsyncClient, eval_set: EvalSet, question: Question, asking
         APIError: if the service did not answer for minutes, or would refuse any question.
     """
     began = time.monotonic()
-    about: dict[str, Any] = question.model_dump(exclude={"response", "correct"})
+    about: dict[str, Any] = question.model_dump(include=set(Asked.model_fields))
     try:
         if question.response is None:
             found = await _generated(client, eval_set, question, asking)
         else:
             found = await _given(client, question.prompt, question.response)
         if asking.p_true:
-            found["p_true"] = await _p_true(client, question.prompt, found["response"])
+            plain = question.question or question.prompt
+            found["p_true"] = await _p_true(client, plain, found["response"])
     except (BadRequestError, RequestTooLargeError) as error:
         return Record(**about, error=str(error), seconds=round(time.monotonic() - began, 3))
     grade = eval_set.grade(found["response"], question)

@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -213,15 +213,6 @@ def all_detectors() -> list[Detector]:
     return found
 
 
-def table(answers: Sequence[Answer], detectors: Iterable[Detector]) -> dict[str, Floats]:
-    """Each detector's doubt of each answer, [N]; detectors that some answer lacks are left out."""
-    columns = {
-        detector.name: np.array([detector.doubt(answer) for answer in answers])
-        for detector in detectors
-    }
-    return {name: values for name, values in columns.items() if np.isfinite(values).all()}
-
-
 def _mean_in(values: Floats, text: Sequence[str], spans: Sequence[tuple[int, int]]) -> float:
     chosen = values[touching(text, spans)]
     return float(chosen.mean() if len(chosen) else values.mean())
@@ -266,9 +257,26 @@ def _p_true(answer: Answer) -> float:
     return math.nan if answer.record.p_true is None else -answer.record.p_true
 
 
-def _clusters(answer: Answer) -> Counter[str | None] | None:
-    drawn = answer.record.sample_answers
-    return Counter(drawn) if drawn else None
+def _clusters(answer: Answer) -> Counter[str] | None:
+    record = answer.record
+    if not record.samples or record.sample_answers is None:
+        return None
+    drawn = zip(record.sample_answers, record.samples, strict=True)
+    return Counter(_meaning(extracted, text, record.prompt) for extracted, text in drawn)
+
+
+def _meaning(extracted: str | None, text: str, prompt: str) -> str:
+    """What two answers share that say the same: the final answer, or what stands for it.
+
+    An answer in which the grader finds none (a name that it does not know) says something, too:
+    two such are the same only if the first names in their first sentences are, or where there is
+    no name the sentences.
+    """
+    if extracted is not None:
+        return extracted
+    sentence = text[: first_sentence(text)]
+    start, end = first_name(sentence, prompt) or (0, len(sentence))
+    return sentence[start:end].strip(" .!?\n").casefold()
 
 
 def _inconsistency(answer: Answer) -> float:
@@ -276,11 +284,13 @@ def _inconsistency(answer: Answer) -> float:
     clusters = _clusters(answer)
     if clusters is None:
         return math.nan
-    return 1.0 - clusters[answer.record.extracted] / clusters.total()
+    record = answer.record
+    own = _meaning(record.extracted, record.response, record.prompt)
+    return 1.0 - clusters[own] / clusters.total()
 
 
 def _semantic_entropy(answer: Answer) -> float:
-    """Entropy over the samples' final answers (Kuhn et al. 2023; Farquhar et al. 2024)."""
+    """Discrete, over the samples' final answers (Kuhn et al. 2023; Farquhar et al. 2024)."""
     clusters = _clusters(answer)
     if clusters is None:
         return math.nan

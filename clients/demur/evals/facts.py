@@ -75,6 +75,7 @@ _ALIASES = {
     "filipino": ["tagalog"],
     "haitian creole": ["creole"],
     "kalaallisut": ["greenlandic"],
+    "malay": ["bahasa malaysia", "bahasa melayu"],
     "nyanja": ["chichewa", "chewa"],
     "norwegian": ["bokmal", "nynorsk"],
     "persian": ["farsi", "dari"],

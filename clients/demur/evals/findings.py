@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,14 +41,12 @@ def find(
     runs: Sequence[LoadedRun],
     *,
     commands: Sequence[str],
-    ensemble_cost: float | None = None,
     n_boot: int = 1000,
     on_step: Callable[[str], None] = lambda title: None,
 ) -> Json:
     """Everything that `report.write_report` shows.
 
     Args:
-        ensemble_cost: forward passes of the target that the drafts add.
         n_boot: resamples of each interval.
         on_step: called with the title of each table before it is made.
     """
@@ -55,10 +54,8 @@ def find(
     for table in _tables(runs, n_boot):
         on_step(table.title)
         if table.can_be_judged:
-            tables.append(_as_json(table, ensemble_cost))
+            tables.append(_as_json(table, added_passes(runs)))
     answers = [answer for run in runs for answer in run.answers]
-    test = Table(_title(runs, "test"), _half(answers, "test"), half="test", n_boot=n_boot)
-    on_step(test.title)
     chosen = choose(answers, n_boot=2)
     return {
         "format": 1,
@@ -71,27 +68,50 @@ def find(
         "tasks": tasks(runs),
         "disagreements": disagreements(runs),
         "tables": tables,
-        "paired": _paired(test, chosen) if chosen and test.can_be_judged else [],
         "chosen": chosen and {"statistic": chosen, "how": "greatest AUROC on the dev half"},
-        "calibration": _calibration(test),
-        "curves": [_curves(test, chosen)] if chosen and test.can_be_judged else [],
+        **_of_test_half(runs, chosen, n_boot, on_step),
         "localisation": localisation(runs, n_boot),
         "goals": [],
-        "examples": _examples(test, chosen) if chosen else {k: [] for k in _NO_EXAMPLES},
     }
 
 
-_NO_EXAMPLES = ("doubted_right", "undoubted_wrong")
+def _of_test_half(
+    runs: Sequence[LoadedRun],
+    chosen: str | None,
+    n_boot: int,
+    on_step: Callable[[str], None],
+) -> Json:
+    """What a report shows of all sets' test half together: nothing if there is none."""
+    nothing: list[Json] = []
+    found: Json = {"paired": nothing, "calibration": None, "curves": nothing}
+    found["examples"] = {"doubted_right": nothing, "undoubted_wrong": nothing}
+    answers = _half([answer for run in runs for answer in run.answers], "test")
+    if not answers:
+        return found
+    test = Table(_title(runs, "test"), answers, half="test", n_boot=n_boot)
+    on_step(test.title)
+    found["calibration"] = _calibration(test, runs)
+    if chosen is not None and test.can_be_judged:
+        found["paired"] = _paired(test, chosen)
+        found["curves"] = [_curves(test, chosen)]
+        found["examples"] = _examples(test, chosen)
+    return found
+
+
+def added_passes(runs: Sequence[LoadedRun]) -> float | None:
+    """What the drafts cost, in forward passes of the target; None if the runs differ in it."""
+    costs = {run.settings.get("added_passes") for run in runs}
+    return costs.pop() if len(costs) == 1 else None
 
 
 def choose(answers: Sequence[Answer], *, family: str = "demur", n_boot: int = 2) -> str | None:
-    """The statistic of a family that does best on the dev half."""
+    """The statistic of a family that does best on the dev half; None if that is too small."""
     dev = _half(answers, "dev")
     if not dev:
         return None
     table = Table("dev", dev, half="dev", n_boot=n_boot)
     names = [name for name, detector in table.detectors.items() if detector.family == family]
-    if not names or not table.can_be_judged:
+    if not names or not table.has_enough:
         return None
     return table.best("auroc", names)
 
@@ -160,7 +180,8 @@ def _tables(runs: Sequence[LoadedRun], n_boot: int) -> list[Table]:
     answers = [answer for run in runs for answer in run.answers]
     if len(runs) > 1:
         for half in ("test", "dev"):
-            found.append(Table(_title(runs, half), _half(answers, half), half=half, n_boot=n_boot))
+            if part := _half(answers, half):
+                found.append(Table(_title(runs, half), part, half=half, n_boot=n_boot))
     for run in runs:
         name = f"{run.settings['set']}, {run.settings['mode']}"
         parts: dict[str, list[Answer]] = {f"{name}: all": run.answers}
@@ -192,7 +213,7 @@ def _half(answers: Sequence[Answer], half: str) -> list[Answer]:
 def _as_json(table: Table, ensemble_cost: float | None) -> Json:
     return {
         "title": table.title,
-        "note": "",
+        "note": table.note,
         "n": len(table.answers),
         "wrong": int(table.wrong.sum()),
         "half": table.half,
@@ -203,18 +224,22 @@ def _as_json(table: Table, ensemble_cost: float | None) -> Json:
 def _paired(table: Table, chosen: str) -> list[Json]:
     """The chosen statistic, and the calibrated score, against rivals."""
     found = []
-    for detector in (chosen, CALIBRATED):
-        for rival in (*RIVALS, *(_bests(table) if detector == CALIBRATED else ())):
-            if detector in table.doubts and rival in table.doubts and detector != rival:
-                for metric in ("auroc", "auroc_within"):
-                    found.append(
-                        {
-                            "title": f"{table.title}, {metric}",
-                            "detector": detector,
-                            "rival": rival,
-                            "difference": as_json(table.difference(metric, detector, rival)),
-                        }
-                    )
+    for metric, words in (("auroc", "all pairs"), ("auroc_within", "pairs within a task")):
+        for detector in (chosen, CALIBRATED):
+            for rival in dict.fromkeys((*RIVALS, *_bests(table))):
+                own = table.detectors.get(rival)
+                if own is None or detector not in table.doubts or detector == rival:
+                    continue
+                if own.family == "demur" and detector == chosen:
+                    continue  # chosen from its own family: no rival
+                found.append(
+                    {
+                        "title": f"{table.title}, {words}",
+                        "detector": detector,
+                        "rival": rival,
+                        "difference": as_json(table.difference(metric, detector, rival)),
+                    }
+                )
     return found
 
 
@@ -228,14 +253,14 @@ def _bests(table: Table) -> list[str]:
     return [name for name in found if name not in RIVALS]
 
 
-def _calibration(table: Table) -> Json | None:
+def _calibration(table: Table, runs: Sequence[LoadedRun]) -> Json | None:
     probability = table.doubts.get(CALIBRATED)
     if probability is None:
         return None
     bins = reliability(probability, table.wrong)
     return {
         "title": table.title,
-        "features": [],
+        "ids": sorted({run.calibration for run in runs if run.calibration is not None}),
         "ece": as_json(table.judge.ece(probability)),
         "brier": as_json(table.judge.brier(probability)),
         "auroc": as_json(table.judge.auroc(probability)),
@@ -308,11 +333,16 @@ def _run(run: LoadedRun) -> Json:
 
 
 def _commit() -> str | None:
-    """Of the working folder's repository, where there is one."""
+    """Of the repository that this file is in; None if it is installed without one."""
+    here = Path(__file__)
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        )
+        for command in (
+            ["ls-files", "--error-unmatch", here.name],
+            ["describe", "--always", "--dirty"],
+        ):
+            found = subprocess.run(
+                ["git", *command], cwd=here.parent, capture_output=True, text=True, check=True
+            )
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

@@ -38,7 +38,7 @@ def solutions(data: str | None) -> list[Question]:
     found = json_lines(path / SOLUTIONS_FILE if path.is_dir() else path)
     with fields_of(path):
         return [
-            _question(i, row, ask=row["question"]).model_copy(
+            _question(i, row, plain=True).model_copy(
                 update={
                     "id": f"gsm8k-solutions/{i}/{writer}",
                     "task": "gsm8k-solutions",
@@ -53,17 +53,19 @@ def solutions(data: str | None) -> list[Question]:
         ]
 
 
-def _question(i: int, row: dict[str, Any], ask: str | None = None) -> Question:
+def _question(i: int, row: dict[str, Any], plain: bool = False) -> Question:
     solution = row.get("answer") or row["ground_truth"]
     final = re.split(r"####|\nA:", solution)[-1].strip()
     parse_number(final)  # else no answer could be graded
     group = f"gsm8k/{i}"
+    question = str(row["question"])
     return Question(
         id=group,
         task="gsm8k",
         group=group,
         half=half_of(group),
-        prompt=ask or f"{row['question']}\n\n{INSTRUCTION}",
+        prompt=question if plain else f"{question}\n\n{INSTRUCTION}",
+        question=None if plain else question,
         accepted=[final],
         gold=solution,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from demur.evals.sets import Half
+from demur.evals.sets import Asked
 
 if sys.platform != "win32":
     import fcntl
@@ -47,7 +47,7 @@ class Columns(BaseModel):
     top_logprob_mean: list[float] | None = None
 
 
-class Record(BaseModel):
+class Record(Asked):
     """A question, the answer to it, and what is known of both.
 
     Attributes:
@@ -59,17 +59,6 @@ class Record(BaseModel):
         error: why there is no answer, where the service refused the question.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    id: str
-    task: str
-    group: str
-    half: Half
-    prompt: str
-    accepted: list[str]
-    source: str | None = None
-    gold: str | None = None
-    annotated: str | None = None
     response: str = ""
     finish_reason: str | None = None
     correct: bool = False

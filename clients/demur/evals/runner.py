@@ -15,7 +15,7 @@ from demur.async_client import AsyncClient
 from demur.errors import APIConnectionError
 from demur.evals.ask import Asking, ask, may_pass, patiently
 from demur.evals.records import Record, Run, RunError
-from demur.evals.sets import EvalSet, Question
+from demur.evals.sets import Asked, EvalSet, Question
 
 # A session that is killed leaves no later word than this of how long it took.
 _TELL_TIME_EVERY_S = 10.0
@@ -97,12 +97,18 @@ def _check(run: Run, found: dict[str, Any] | None, wanted: dict[str, Any]) -> No
 
 def _left(run: Run, questions: Sequence[Question]) -> list[Question]:
     """The questions that have no line. Ids are numbers in many sets: other data has them too."""
-    asked = {record.id: record.prompt for record in run.records()}
+    asked = {record.id: record for record in run.records()}
     for question in questions:
-        if asked.get(question.id, question.prompt) != question.prompt:
+        record = asked.get(question.id)
+        if record is None:
+            continue
+        same = all(getattr(record, name) == getattr(question, name) for name in Asked.model_fields)
+        if question.response is not None and record.error is None:
+            same &= (record.response, record.correct) == (question.response, question.correct)
+        if not same:
             raise RunError(
                 f"{run.folder} was begun with other data, in which {question.id} is another "
-                "question; give another --out"
+                "question or has another answer or label; give another --out"
             )
     return [question for question in questions if question.id not in asked]
 
@@ -119,6 +125,8 @@ async def _served(client: AsyncClient) -> dict[str, Any]:
         "model": model.id,
         "weights_version": model.weights_version,
         "drafts": model.drafts,
+        "added_passes": model.added_passes,
+        "calibration": model.calibration,
     }
 
 

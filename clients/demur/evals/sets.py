@@ -16,34 +16,47 @@ from pydantic import BaseModel, ConfigDict
 Half = Literal["dev", "test"]
 
 
-class Question(BaseModel):
-    """One question, and with `response` an answer that is given to be scored.
+class Asked(BaseModel):
+    """What a question and the record of its answer both hold.
 
     Attributes:
         id: unique in its set, and the same in every run.
         task: the set, or the part of it that is judged by itself, such as `facts/capital`.
         group: what shares it must lie in one half; `half_of` draws it.
         prompt: what the user says.
+        question: the prompt without how to answer it, where it says that.
         accepted: the right answer, and other forms of it.
-        source: who wrote the given response.
-        correct: the given response's label.
+        source: who wrote the given response, where one is given.
         gold: a worked solution, where there is one.
         annotated: the given response with what each of its steps computed, where that is known.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid")
 
     id: str
     task: str
     group: str
     half: Half
     prompt: str
+    question: str | None = None
     accepted: list[str]
-    response: str | None = None
     source: str | None = None
-    correct: bool | None = None
     gold: str | None = None
     annotated: str | None = None
+
+
+class Question(Asked):
+    """One question, and with `response` an answer that is given to be scored.
+
+    Attributes:
+        response: the given response.
+        correct: its label.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    response: str | None = None
+    correct: bool | None = None
 
 
 @dataclass(frozen=True)

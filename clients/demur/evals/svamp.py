@@ -1,4 +1,4 @@
-"""SVAMP (Patel et al. 2021, arXiv 2103.07191): 1,000 one-step word problems."""
+"""SVAMP (Patel et al. 2021, arXiv 2103.07191): one-step word problems."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def questions(data: str | None) -> list[Question]:
 def _question(i: int, row: dict[str, Any]) -> Question:
     final = str(row["Answer"])
     parse_number(final)  # else no answer could be graded
+    question = f"{row['Body'].rstrip('. ')}. {row['Question']}"
     return Question(
         id=f"svamp/{i}",
         task="svamp",
         group=f"svamp/{i}",
         half=half_of(f"svamp/{i}"),
-        prompt=f"{row['Body'].rstrip('. ')}. {row['Question']}\n\n{INSTRUCTION}",
+        prompt=f"{question}\n\n{INSTRUCTION}",
+        question=question,
         accepted=[final],
     )
 
