@@ -232,7 +232,7 @@ def test_other_data_is_refused(service: EvalService, data: Path, tmp_path: Path)
     assert service.asked == []
 
 
-@pytest.mark.parametrize("change", [("is_correct", True), ("solution", "A: 99"), ("question", "")])
+@pytest.mark.parametrize("change", [("is_correct", False), ("solution", "A: 99"), ("question", "")])
 def test_other_answers_or_labels_are_refused(
     service: EvalService, data: Path, tmp_path: Path, change: tuple[str, object]
 ) -> None:
@@ -335,7 +335,7 @@ def test_mishaps_change_no_number(
     n_asked = len(service.asked)
     monkeypatch.setattr(asking, "TIMEOUT", httpx.Timeout(1.0))
     kinds = (Mishap(500), Mishap(None), Mishap(429), Mishap(429, "1"), Mishap(503), Mishap(504))
-    service.mishap = mishaps = Mishaps(seed=3, share=0.1, kinds=kinds)
+    service.mishap = mishaps = Mishaps(seed=5, share=0.1, kinds=kinds)
     done = evaluate(data, tmp_path / "bad", *more)
     assert done.exit_code == 0, done.output
     assert set(mishaps.drawn) == set(kinds)
@@ -508,6 +508,10 @@ def test_samples_and_p_true(service: EvalService, data: Path, tmp_path: Path) ->
     sampled = [body for body in service.asked if body.get("n") == 2]
     assert len(sampled) == N
     assert all(body["temperature"] == 0.7 and body["max_tokens"] == 50 for body in sampled)
+    # The judge is not told to think step by step, and to answer in one word.
+    judged = [text for body in service.asked if "Proposed answer" in (text := json.dumps(body))]
+    assert len(judged) == 2 * N
+    assert not any("step by step" in text for text in judged)
 
 
 def test_a_limit_is_spread_evenly_and_can_be_raised(

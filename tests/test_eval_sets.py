@@ -93,6 +93,7 @@ def test_gsm8k(tmp_path: Path, lay_out: Callable[[Path], Path]) -> None:
         group="gsm8k/0",
         half="dev",
         prompt='How many eggs?\n\nThink step by step. End with "#### " and the number.',
+        question="How many eggs?",
         accepted=["18"],
         gold=ROWS[0]["answer"],
     )
@@ -144,6 +145,7 @@ def test_svamp(tmp_path: Path, answer: float | str) -> None:
         "A pack costs 76 dollars. How much is left?",
         "It costs 7. How much is left?",
     ]
+    assert [one.question for one in found] == [one.prompt.split("\n")[0] for one in found]
     assert svamp.SVAMP.grade("$51", found[0]).correct
 
 
