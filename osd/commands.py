@@ -109,6 +109,9 @@ def rivals(
         int | None,
         typer.Option(min=0, help="so many answers get TokUR's ten passes; default: all of them"),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="so many answers are measured at all; default: all")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of TokUR's noise")] = 0,
 ) -> None:
     """Measure a run's answers by rivals that need the target itself, TokUR among them."""
@@ -122,7 +125,9 @@ def rivals(
         teacher, encoder = load_target(loaded.target_path), TextEncoder(loaded.target_path)
         for run in runs:
             name = loaded.manifest.name
-            added = measure_run(run, teacher, encoder, model=name, with_tokur=tokur, seed=seed)
+            added = measure_run(
+                run, teacher, encoder, model=name, with_tokur=tokur, seed=seed, limit=limit
+            )
             typer.echo(f"{run}: {added} answers measured")
     except (DraftsError, OsdError) as error:
         _fail(error)

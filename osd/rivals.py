@@ -72,6 +72,7 @@ def measure_run(
     model: str,
     with_tokur: int | None,
     seed: int,
+    limit: int | None = None,
 ) -> int:
     """Measure the answers of a run that are not measured yet, and return how many those were.
 
@@ -81,11 +82,12 @@ def measure_run(
         model: the target's name, as the service that was asked gives it.
         with_tokur: so many answers get TokUR's passes, as near as can be half of them right and
             half wrong; None is all. Which they are depends on their ids alone.
+        limit: so many answers are measured at all, drawn likewise.
 
     Raises:
         OsdError: if the folder holds no run, or one of another target.
     """
-    answers = _read(folder / "answers.jsonl")
+    answers = _balanced(_read(folder / "answers.jsonl"), limit)
     if (asked := _settings(folder).get("model")) != model:
         raise OsdError(f"{folder} is of {asked}, and this is {model}; name its --ensemble")
     costly = {answer["id"] for answer in _balanced(answers, with_tokur)}

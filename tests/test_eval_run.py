@@ -375,6 +375,29 @@ def test_a_run_may_come_to_nothing(service: EvalService, data: Path, tmp_path: P
     assert len(findings(tmp_path / "gsm8k-generate")) == N
 
 
+def test_the_answers_of_an_earlier_run_are_scored_again(
+    service: EvalService, data: Path, tmp_path: Path
+) -> None:
+    service.mishap = lambda body: Mishap(400) if "Tom has 5 " in json.dumps(body) else None
+    assert evaluate(data, tmp_path).exit_code == 3
+    service.mishap = lambda body: None
+    first = tmp_path / "gsm8k-generate"
+    service.asked.clear()
+    service.engine.weights_version = "fake-2"
+    assert evaluate(first, tmp_path / "again", "--mode", "score").exit_code == 0
+    assert service.greedy == []
+    again = {line["id"]: line for line in kept(tmp_path / "again" / "gsm8k-score")}
+    answered = [line for line in kept(first) if "error" not in line]
+    assert len(again) == len(answered) == N - 1
+    for line in answered:
+        new = again[line["id"]]
+        assert new["weights_version"] == "fake-2"
+        for key in ("response", "correct", "half", "group", "accepted"):
+            assert new[key] == line[key]
+    other = ["eval", "facts", "--mode", "score", "--data", str(first)]
+    refused(CliRunner().invoke(cli.app, other), "is a run of gsm8k, not of facts")
+
+
 def test_given_responses_keep_their_labels_and_may_be_too_long(
     service: EvalService, data: Path, tmp_path: Path
 ) -> None:

@@ -114,6 +114,9 @@ def test_tokur_of_some_takes_as_many_right_as_wrong(
     assert measure_run(run, *target, model="tiny", with_tokur=4, seed=0) == 12
     chosen = [line["id"] for line in lines_of(run) if line["tokur"]]
     assert sorted(labels[str(name)] for name in chosen) == [False, False, True, True]
+    few = run_of(tmp_path / "few", **labels)
+    assert measure_run(few, *target, model="tiny", with_tokur=2, seed=0, limit=4) == 4
+    assert sorted(labels[str(line["id"])] for line in lines_of(few)) == [False, False, True, True]
     # All of the rarer ones, where there are too few of them.
     assert measure_run(run, *target, model="tiny", with_tokur=8, seed=0) == 4
     chosen = [line["id"] for line in lines_of(run) if line["tokur"]]

@@ -40,7 +40,11 @@ def evaluate(
         typer.Option(help="Let the target answer, or score given answers that have labels."),
     ] = "generate",
     data: Annotated[
-        str | None, typer.Option(help="Hub id, folder or file, where a set needs one.")
+        str | None,
+        typer.Option(
+            help="Hub id, folder or file, where a set needs one; with --mode score also an earlier "
+            "run, whose answers are scored again."
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions, evenly out of each set.")
@@ -101,12 +105,22 @@ def evaluate(
 
 
 def _questions(eval_set: EvalSet, mode: str, data: str | None, limit: int | None) -> list[Question]:
+    from demur.evals.records import Run
     from demur.evals.sets import SetError
 
+    earlier = Run(Path(data).expanduser()) if data is not None and mode == "score" else None
+    if earlier is not None and (begun := earlier.settings()) is not None:
+        if begun.get("set") != eval_set.name:
+            raise SetError(f"{data} is a run of {begun.get('set')}, not of {eval_set.name}")
+        return _some(earlier.given(), limit)
     load = eval_set.questions if mode == "generate" else eval_set.given
     if load is None:
         raise SetError(f"{eval_set.name} has no given answers to score; leave out --mode score")
-    found = load(data)
+    return _some(load(data), limit)
+
+
+def _some(found: list[Question], limit: int | None) -> list[Question]:
+    """So many, evenly out of all."""
     if limit is None or limit >= len(found):
         return found
     return [found[i * len(found) // limit] for i in range(limit)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from demur.evals.sets import Asked
+from demur.evals.sets import Asked, Question
 
 if sys.platform != "win32":
     import fcntl
@@ -140,6 +140,18 @@ class Run:
                         f"{self.answers}, line {number} is damaged ({where}{first['msg']}); "
                         "without that line, its question is asked again"
                     ) from error
+
+    def given(self) -> list[Question]:
+        """Its answers with their labels, to be scored by other drafts or another target."""
+        return [
+            Question(
+                **record.model_dump(include=set(Asked.model_fields)),
+                response=record.response,
+                correct=record.correct,
+            )
+            for record in self.records()
+            if record.error is None and record.response
+        ]
 
     def done(self) -> set[str]:
         """The ids of questions that have a line."""
