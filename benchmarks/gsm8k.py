@@ -4,11 +4,16 @@
     demur eval gsm8k --data ../shared/data/gsm8k --samples 4 --p-true --out ~/.cache/demur/evals
     demur eval gsm8k --mode score --data ../shared/data/gsm8k --out ~/.cache/demur/evals
     demur rivals ~/.cache/demur/evals/{facts,sums}-generate
-    demur rivals --tokur 400 ~/.cache/demur/evals/gsm8k-{generate,score}
+    demur rivals --limit 200 ~/.cache/demur/evals/gsm8k-{generate,score}
     demur calibrate ~/.cache/demur/evals/{facts,sums}-generate
     python benchmarks/gsm8k.py
 
-Reads the runs that these commands made, and writes results/gsm8k.json and, with --report, the page.
+Reads the runs that these commands made, and writes results/gsm8k.json, docs/detectors.md with its
+figures and, with --report, a report. Runs in drafts-*/ are of the same answers and other drafts:
+
+    demur eval facts --mode score --data ~/.cache/demur/evals/facts-generate \\
+        --out ~/.cache/demur/evals/drafts-exit
+
 The statistic is chosen on the dev half of facts and sums, together; goals are of the test half.
 """
 
@@ -19,15 +24,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from demur.evals.analysis import LoadedRun, Table, load_run
+from demur.evals.analysis import LoadedRun, Table, as_json, load_run
 from demur.evals.bootstrap import Estimate
 from demur.evals.findings import CALIBRATED, added_passes, choose, find
 from demur.evals.report import write_report
+from gsm8k_table import write_page
 from side_by_side import machine, versions
 
 from drafts.init import default_folder
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "detectors.md"
+SETS = ("facts", "sums")
 JOINED = ("runs", "tasks", "tables", "paired", "curves", "disagreements", "localisation")
 LIKELIHOOD, ENTROPY, LENGTH = "surprisal mean", "entropy mean", "length"
 
@@ -38,9 +46,10 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="folder for report.html")
     parser.add_argument("--n-boot", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=RESULTS / "gsm8k.json")
+    parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
 
-    edge = [load_run(arguments.runs / f"{name}-generate") for name in ("facts", "sums")]
+    edge = [load_run(arguments.runs / f"{name}-generate") for name in SETS]
     others = [
         load_run(folder)
         for name in ("gsm8k-generate", "gsm8k-score")
@@ -53,6 +62,7 @@ def main() -> None:
         for key in JOINED:
             found[key] += one[key]
     found["goals"] = goals(edge, arguments.n_boot)
+    found["other_drafts"] = other_drafts(arguments.runs, edge, arguments.n_boot)
     if arguments.report is not None:
         print(f"report: {write_report(found, arguments.report)}")
     result = {
@@ -63,6 +73,7 @@ def main() -> None:
         **without_texts(found),
     }
     arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_page(result, arguments.page)
     for goal in found["goals"]:
         print(f"{'met   ' if goal['holds'] else 'MISSED'} {goal['name']}: {goal['value']}")
 
@@ -114,6 +125,35 @@ def goals(edge: list[LoadedRun], n_boot: int) -> list[dict[str, Any]]:
                 goal(name, gain, "> 0", gain.value > 0)
         ece = table.judge.ece(table.doubts[CALIBRATED])
         goal("ECE of the calibrated score", ece, "<= 0.05", ece.value <= 0.05)
+    return found
+
+
+def other_drafts(folder: Path, edge: list[LoadedRun], n_boot: int) -> list[dict[str, Any]]:
+    """The same answers as other drafts score them: do more draws or other drafts do better?"""
+    chosen = choose([answer for run in edge for answer in run.answers])
+    found = []
+    for name, runs in [("the default", edge)] + [
+        (each.name.removeprefix("drafts-"), [load_run(each / f"{one}-score") for one in SETS])
+        for each in sorted(folder.glob("drafts-*"))
+    ]:
+        answers = [answer for run in runs for answer in run.answers]
+        test = [answer for answer in answers if answer.record.half == "test"]
+        table = Table("", test, half="test", n_boot=n_boot)
+        own = choose(answers)
+        assert chosen is not None
+        assert own is not None
+        found.append(
+            {
+                "name": name,
+                "weights_version": runs[0].settings["weights_version"],
+                "drafts": runs[0].settings["drafts"],
+                "added_passes": added_passes(runs),
+                "statistic": chosen,
+                "auroc": as_json(table.metric("auroc", chosen)),
+                "own": own,
+                "own_auroc": as_json(table.metric("auroc", own)),
+            }
+        )
     return found
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from drafts.calibration import CALIBRATION_NAME
 from drafts.errors import ManifestError
 from drafts.exits import apply_delta, copy_exit, split_delta
 from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, ResidualDraft, load_ensemble
@@ -30,7 +31,7 @@ _DELTA_NAME = "delta.safetensors"
 
 
 def add_shipped(shipped: Path, folder: Path) -> None:
-    """Put drafts that travel as `ship` wrote them beside `folder/target`."""
+    """Put drafts that travel as `ship` wrote them, and their calibration, beside `folder/target`."""
     manifest = json.loads((shipped / MANIFEST_NAME).read_text())
     for draft in manifest["drafts"]:
         source = shipped / draft["source"]
@@ -45,13 +46,16 @@ def add_shipped(shipped: Path, folder: Path) -> None:
         file = own / "model.safetensors"
         weights = apply_delta(load_file(file), load_file(source / _DELTA_NAME))
         save_file(weights, file, metadata={"format": "pt"})
-    shutil.copy(shipped / MANIFEST_NAME, folder)
+    for name in (MANIFEST_NAME, CALIBRATION_NAME):
+        if (shipped / name).exists():
+            shutil.copy(shipped / name, folder)
 
 
 def ship(ensemble: Ensemble, out: Path, rank: int, name: str, draws: int | None = None) -> None:
     """Write the shipped form of an ensemble's drafts, in place of an earlier one.
 
-    Their version is the ensemble's with a hash of what was written: these are other numbers.
+    Their version is the ensemble's with a hash of what was written: these are other numbers. A
+    calibration of the earlier form goes with it.
 
     Args:
         rank: of the differences of `exit` drafts.

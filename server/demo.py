@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Annotated
 
 import typer
-from demur import Client
+from demur import Client, Score
 from rich.console import Console
 from rich.markup import escape
 
@@ -69,6 +69,7 @@ def demo(
             for label, score in zip(("right answer", "wrong answer"), scores, strict=True):
                 console.print(f"\n{label}", style="bold")
                 console.print(score.heatmap(top=top))
+                console.print(_how_likely(score))
         estimator = scores[0].estimator
         console.rule()
         console.print(
@@ -78,7 +79,8 @@ def demo(
         console.print(
             "Epistemic uncertainty says where the model would go on otherwise if its weights were "
             "a little different. It is no verdict on the answer: a small model can be sure and "
-            "wrong; how likely the answer itself is stands in logprob.",
+            "wrong; how likely the answer itself is stands in logprob. The probability is "
+            "calibrated on the model's own short answers to facts and sums.",
             style="dim",
         )
     if svg is not None:
@@ -86,6 +88,15 @@ def demo(
         # Without the fonts that it would fetch from elsewhere.
         svg.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL))
     console.print("The service has stopped. `make serve` starts one that stays.", style="dim")
+
+
+def _how_likely(score: Score) -> str:
+    if score.hallucination_score is None:
+        return "no calibration"
+    doubted = ", ".join(warning.code for warning in score.warnings)
+    return f"wrong with probability {score.hallucination_score:.2f}" + (
+        f" (to be doubted: {doubted})" if doubted else ""
+    )
 
 
 @contextmanager

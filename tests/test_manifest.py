@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from drafts.calibration import CALIBRATION_NAME
+from drafts.calibration import CALIBRATION_NAME, load_calibration
 from drafts.errors import ManifestError, WeightsError
 from drafts.exits import copy_exit
 from drafts.init import default_folder, init_default, write_manifest
@@ -184,8 +184,13 @@ def test_an_older_default_is_made_again(tmp_path: Path) -> None:
     init_default(folder, lines.append)
     assert "is of an earlier version" in lines[0]
     assert CALIBRATION_NAME in lines[1]
-    assert not (folder / CALIBRATION_NAME).exists()
     ensemble = load_ensemble(folder)
+    calibration = load_calibration(folder)
+    assert calibration == load_calibration(SHIPPED / "residual")
+    assert calibration is not None
+    fitted = (calibration.origin.model, calibration.origin.weights_version)
+    assert fitted == (ensemble.manifest.name, ensemble.manifest.weights_version)
+    assert calibration.origin.half == "dev"
     shipped = read_manifest(SHIPPED / "residual")
     assert ensemble.manifest == shipped
     assert ensemble.target_config.num_hidden_layers == 30
