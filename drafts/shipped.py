@@ -31,7 +31,7 @@ _DELTA_NAME = "delta.safetensors"
 
 
 def add_shipped(shipped: Path, folder: Path) -> None:
-    """Put drafts that travel as `ship` wrote them, and their calibration, beside `folder/target`."""
+    """Put drafts as `ship` wrote them, and their calibration, beside `folder/target`."""
     manifest = json.loads((shipped / MANIFEST_NAME).read_text())
     for draft in manifest["drafts"]:
         source = shipped / draft["source"]
