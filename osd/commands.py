@@ -117,11 +117,13 @@ def rivals(
     """Measure a run's answers by rivals that need the target itself, TokUR among them."""
     from drafts.manifest import load_ensemble
     from drafts.text import TextEncoder
-    from osd.rivals import load_target, measure_run
+    from osd.rivals import check_run, load_target, measure_run
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         loaded = load_ensemble(ensemble or default_folder())
+        for run in runs:  # all of them, before anything is loaded or measured
+            check_run(run, loaded.manifest.name)
         teacher, encoder = load_target(loaded.target_path), TextEncoder(loaded.target_path)
         for run in runs:
             name = loaded.manifest.name

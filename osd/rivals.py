@@ -64,6 +64,16 @@ def load_target(path: Path) -> Teacher:
     return Teacher(model, posterior)
 
 
+def check_run(folder: Path, model: str) -> None:
+    """`OsdError` if the folder holds no run, or one of another target."""
+    try:
+        asked = json.loads((folder / "run.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError) as error:
+        raise OsdError(f"{folder} holds no run ({error}); `demur eval` makes one") from error
+    if asked != model:
+        raise OsdError(f"{folder} is of {asked}, and this is {model}; name its --ensemble")
+
+
 def measure_run(
     folder: Path,
     teacher: Teacher,
@@ -87,9 +97,8 @@ def measure_run(
     Raises:
         OsdError: if the folder holds no run, or one of another target.
     """
+    check_run(folder, model)
     answers = _balanced(_read(folder / "answers.jsonl"), limit)
-    if (asked := _settings(folder).get("model")) != model:
-        raise OsdError(f"{folder} is of {asked}, and this is {model}; name its --ensemble")
     costly = {answer["id"] for answer in _balanced(answers, with_tokur)}
     file = folder / RIVALS
     done = _done(file, {answer["id"]: answer["response"] for answer in answers})
@@ -177,14 +186,6 @@ def _read(file: Path) -> list[Answer]:
         raise OsdError(f"{file}: {error.strerror}; `demur eval` makes it") from error
     found = [json.loads(line) for line in lines if line]
     return [answer for answer in found if "tokens" in answer and answer["response"]]
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OsdError(f"{folder} holds no run ({error}); `demur eval` makes one") from error
-    return found
 
 
 def _done(file: Path, responses: dict[str, str]) -> set[tuple[str, bool]]:

@@ -68,6 +68,8 @@ def calibrate(
 
     names = feature or list(LOGISTIC if kind == "logistic" else ISOTONIC)
     try:
+        if out is not None and not out.parent.is_dir():
+            raise CalibrationError(f"the folder {out.parent} does not exist; make it first")
         labelled = read_runs(runs, half)
         if out is None:
             folder = (ensemble or default_folder()).expanduser()

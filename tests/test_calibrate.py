@@ -247,4 +247,4 @@ def test_features_that_cannot_be_used(tmp_path: Path, ensemble: Path) -> None:
         assert says in done.stderr
     done = run(folder, "--out", tmp_path / "no" / "such" / "folder", *QUICK)
     assert done.exit_code == 1
-    assert "No such file" in done.stderr
+    assert "does not exist; make it first" in done.stderr

@@ -125,7 +125,7 @@ def test_tokur_of_some_takes_as_many_right_as_wrong(
 
 
 def test_what_is_no_run_is_refused(target: tuple[Teacher, TextEncoder], tmp_path: Path) -> None:
-    with pytest.raises(OsdError, match="`demur eval` makes it"):
+    with pytest.raises(OsdError, match="holds no run"):
         measure_run(tmp_path, *target, model="tiny", with_tokur=None, seed=0)
     run = run_of(tmp_path / "run", Tokyo=True)
     with pytest.raises(OsdError, match="is of tiny, and this is small"):

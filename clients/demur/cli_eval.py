@@ -115,7 +115,10 @@ def _questions(eval_set: EvalSet, mode: str, data: str | None, limit: int | None
         return _some(earlier.given(), limit)
     load = eval_set.questions if mode == "generate" else eval_set.given
     if load is None:
-        raise SetError(f"{eval_set.name} has no given answers to score; leave out --mode score")
+        raise SetError(
+            f"{eval_set.name} has no given answers to score; --data takes the folder of an earlier "
+            "run of it, with its run.json"
+        )
     return _some(load(data), limit)
 
 

@@ -89,9 +89,10 @@ def _check(run: Run, found: dict[str, Any] | None, wanted: dict[str, Any]) -> No
     """See that a run that has begun is gone on with in the same way."""
     for name, value in wanted.items():
         if found is not None and found.get(name) != value:
+            again = "repeat its options, or " if name == "asking" else ""
             raise RunError(
                 f"{run.folder} was begun with {name} = {found.get(name)}, and now it is {value}; "
-                "give another --out"
+                f"{again}give another --out"
             )
 
 
