@@ -17,6 +17,19 @@ def register() -> None:
         ModelRegistry.register_model("EnsembleForCausalLM", "drafts.vllm_model:EnsembleForCausalLM")
     _wait_without_spinning()
     _end_with_parent()
+    _may_use_amx()
+
+
+def _may_use_amx() -> None:
+    """Ask Linux for AMX's tile registers, where the CPU has them.
+
+    vLLM's attention uses them and does not ask. With a usual target oneDNN has asked before;
+    with a tiny one nobody has, and the first token ends the worker with SIGILL.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def _wait_without_spinning() -> None:

@@ -487,7 +487,7 @@ def test_no_process_is_left_of_a_front_end_that_was_killed(folder: Path) -> None
         stderr=subprocess.DEVNULL,
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"up\n"
+        assert b"up\n" in iter(process.stdout.readline, b"")  # vLLM may log before it
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2
         process.kill()
