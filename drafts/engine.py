@@ -184,7 +184,7 @@ class Engine:
         if not finished:
             raise EngineNotReady("the engine is stopping")
 
-    async def swap(self, folder: Path) -> None:
+    async def swap(self, folder: Path, target_path: Path | None = None) -> None:
         """Serve with the drafts' weights of another version of this ensemble, from now on.
 
         Requests under way end with the weights they began with; later ones wait for the swap. So
@@ -192,11 +192,15 @@ class Engine:
 
         Cancelling the caller does not stop a swap that has begun.
 
+        Args:
+            folder: of the version.
+            target_path: this machine's copy of the target; None: where the version's manifest says.
+
         Raises:
             ManifestError, WeightsError: if they cannot be used; the old weights serve on.
             EngineNotReady: if the swap failed half-way; the engine scores nothing any more.
         """
-        ensemble = await asyncio.to_thread(load_ensemble, folder)
+        ensemble = await asyncio.to_thread(load_ensemble, folder, target_path)
         check_same_shape(self._ensemble, ensemble)
         for member in ensemble.members:
             await asyncio.to_thread(check_shapes, member)
@@ -210,7 +214,7 @@ class Engine:
             await self.check_health()
             try:
                 problems = await self._llm.collective_rpc(
-                    "swap_drafts", args=(str(ensemble.folder),)
+                    "swap_drafts", args=(str(ensemble.folder), str(ensemble.target_path))
                 )
                 if any(problems):
                     raise WeightsError(next(problem for problem in problems if problem))

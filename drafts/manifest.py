@@ -160,15 +160,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise ManifestError(f"{path}: {where}: {first['msg']}") from error
 
 
-def load_ensemble(folder: str | Path) -> Ensemble:
+def load_ensemble(folder: str | Path, target_path: Path | None = None) -> Ensemble:
     """Read a manifest, bring its members onto this machine and check that they fit.
+
+    Args:
+        target_path: where the target is on this machine, whatever the manifest says of it.
 
     Raises:
         ManifestError: with a sentence that names the member and says what differs.
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    target_path = resolve_source(folder, manifest.target.source, manifest.target.revision)
+    if target_path is None:
+        target_path = resolve_source(folder, manifest.target.source, manifest.target.revision)
     target_config = read_target(target_path)
     members = []
     for draft in manifest.drafts:

@@ -7,6 +7,7 @@
 
     <root>/versions/<name>/...           the version's files, each with its SHA-256 in its name
     <root>/versions/<name>/version.json  written last: names every file with its SHA-256
+    <root>/versions/<name>/withdrawn     there if it served and was taken back; says why
     <root>/current                       the name of the current version
 
 A version exists once its `version.json` does, and `current` is replaced in one write, so no reader
@@ -17,10 +18,13 @@ publish one name at once do not write over each other's files.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,10 @@ from drafts.errors import StoreError
 from drafts.manifest import load_ensemble, read_manifest
 from drafts.weights import check_shapes
 
+logger = logging.getLogger(__name__)
+
 _VERSION = "version.json"
+_WITHDRAWN = "withdrawn"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
@@ -102,15 +109,17 @@ class DraftsStore:
         return version
 
     def versions(self) -> list[Version]:
-        """All whole versions, oldest first."""
+        """All whole versions, oldest first; one whose `version.json` is damaged is left out."""
         folder = f"{self._root}/versions"
         if not self._fs.exists(folder):
             return []
-        found = [
-            self.version(str(path).rstrip("/").rpartition("/")[2])
-            for path in self._fs.ls(folder, detail=False, refresh=True)
-            if self._fs.exists(f"{str(path).rstrip('/')}/{_VERSION}")
-        ]
+        found = []
+        for path in self._fs.ls(folder, detail=False, refresh=True):
+            if self._fs.exists(f"{str(path).rstrip('/')}/{_VERSION}"):
+                try:
+                    found.append(self.version(str(path).rstrip("/").rpartition("/")[2]))
+                except StoreError as error:
+                    logger.warning("%s", error)
         return sorted(found, key=lambda version: version.created)
 
     def version(self, name: str) -> Version:
@@ -141,6 +150,42 @@ class DraftsStore:
         version = self.version(name)
         self._write(f"{self._root}/current", name)
         return version
+
+    def withdraw(self, name: str, reason: str) -> None:
+        """Say of a version why it no longer serves; it stays, and can be made current again."""
+        self.version(name)
+        self._write(self._at(name, _WITHDRAWN), reason)
+
+    def withdrawn(self, name: str) -> str | None:
+        """Why a version was withdrawn; None if it was not."""
+        return self._read(self._at(name, _WITHDRAWN))
+
+    def prune(self, keep: int, always: Iterable[str] = ()) -> list[str]:
+        """Remove all but the newest `keep` versions, the current one, its parent and `always`.
+
+        Returns:
+            The names of those removed.
+        """
+        current = self.current()
+        spared = {current.name, current.parent, *always}
+        old = [version.name for version in self.versions()[:-keep] if version.name not in spared]
+        for name in old:
+            self._fs.rm_file(self._at(name, _VERSION))  # first: half a version is none
+            self._fs.rm(f"{self._root}/versions/{name}", recursive=True)
+        return old
+
+    def write_note(self, name: str, text: str) -> None:
+        """A small file beside the versions, written whole."""
+        self._write(f"{self._root}/{name}", text)
+
+    def read_note(self, name: str) -> str | None:
+        """What it holds; None if it is not there."""
+        return self._read(f"{self._root}/{name}")
+
+    def remove_note(self, name: str) -> None:
+        """Remove it, if it is there."""
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{name}")
 
     def fetch(self, version: Version, into: Path) -> Path:
         """Copy a version to `into/<name>` on this machine, if it is not there as published.
@@ -182,10 +227,15 @@ class DraftsStore:
                 raise StoreError(f"version {version.name}: {relative} is not what was published")
 
     def _current(self) -> str | None:
+        return self._read(f"{self._root}/current")
+
+    def _read(self, path: str) -> str | None:
         try:
-            return str(self._fs.cat_file(f"{self._root}/current").decode())
+            return str(self._fs.cat_file(path).decode())
         except FileNotFoundError:
             return None
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{path} is damaged ({error})") from error
 
     def _at(self, name: str, relative: str) -> str:
         return f"{self._root}/versions/{name}/{relative}"

@@ -325,14 +325,15 @@ class SwapDrafts:
 
     model_runner: Any
 
-    def swap_drafts(self, folder: str) -> str | None:
+    def swap_drafts(self, folder: str, target: str) -> str | None:
         """Load the drafts of the ensemble in `folder`; return what was wrong with them, or None.
 
         The caller sees to it that no request is under way.
         """
         try:
             with torch.inference_mode():
-                self.model_runner.model.swap(load_ensemble(folder), self.model_runner.model_config)
+                ensemble = load_ensemble(folder, Path(target))
+                self.model_runner.model.swap(ensemble, self.model_runner.model_config)
         except DraftsError as error:
             return str(error)
         return None

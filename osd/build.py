@@ -22,7 +22,7 @@ from osd.config import DistillConfig, ExitDrafts, ModelDrafts, ResidualDrafts
 from osd.corpus import Text
 from osd.errors import ConfigError
 from osd.objectives import MoveBasis, fisher_metric, move_basis
-from osd.posterior import WeightPosterior
+from osd.posterior import PosteriorConfig, WeightPosterior
 from osd.schedule import batch_at, derived_seed
 from osd.shards import shard_of
 from osd.states import States
@@ -90,7 +90,18 @@ def shards(texts: list[Text], count: int) -> list[list[Text]]:
 
 
 def load_teacher(config: DistillConfig, target: Path) -> Teacher:
+    """The target of a run. Errors as of `open_teacher`."""
+    cache = config.run.parent / "svd"
+    return open_teacher(target, config.posterior, config.dtype, config.device, cache)
+
+
+def open_teacher(
+    target: Path, posterior: PosteriorConfig, dtype: str, device: str, cache: Path
+) -> Teacher:
     """The target, frozen, with the posterior over its weights.
+
+    Args:
+        cache: folder where singular vectors are kept.
 
     Raises:
         ConfigError: if the weights cannot be read or hold NaN, or the posterior's modules are not
@@ -100,18 +111,17 @@ def load_teacher(config: DistillConfig, target: Path) -> Teacher:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            target, dtype=getattr(torch, config.dtype), local_files_only=True
-        ).to(config.device)
+            target, dtype=getattr(torch, dtype), local_files_only=True
+        ).to(device)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"the target in {target} cannot be loaded ({error})") from error
     for name, weight in model.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
             raise ConfigError(f"the target in {target}: {name} holds NaN or infinity")
     try:
-        posterior = WeightPosterior(model, config.posterior, cache=config.run.parent / "svd")
+        return Teacher(model, WeightPosterior(model, posterior, cache=cache))
     except ValueError as error:
         raise ConfigError(f"posterior: {error}") from error
-    return Teacher(model, posterior)
 
 
 def new_students(
@@ -125,7 +135,7 @@ def new_students(
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "places"))
         places = places_of(drafts.students, drafts.draws, drafts.factors, drafts.rank, generator)
         return [
-            ResidualStudent(drafts, teacher.head_Vd, basis, dtype, seed, place)
+            ResidualStudent.new(drafts, teacher.head_Vd, basis, dtype, seed, place)
             for seed, place in zip(seeds, places, strict=True)
         ]
     if isinstance(drafts, ModelDrafts):

@@ -1,6 +1,6 @@
 """Training checkpoints: written whole, read back exactly, no pickle.
 
-A folder `checkpoint-000200` holds, for each student, its trained weights and its optimiser's
+A folder `checkpoint-000000200` holds, for each student, its trained weights and its optimiser's
 moments as safetensors, and `state.json` with the step and the configuration. It is written under
 another name and renamed, so a killed trainer leaves the last whole one.
 """
@@ -31,9 +31,15 @@ def save(
     config: dict[str, Any],
     modules: Sequence[nn.Module],
     optimisers: Sequence[torch.optim.Optimizer],
+    progress: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` and drop all but the last two."""
-    folder = run / f"checkpoint-{step:06d}"
+    """Write the checkpoint of `step` and drop all but the last two.
+
+    Args:
+        config: what a run that goes on must share.
+        progress: what else belongs to these weights; `read_progress` gives it back.
+    """
+    folder = run / f"checkpoint-{step:09d}"
     partial = run / f"{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -41,10 +47,11 @@ def save(
         weights, moments = pack(module, optimiser)
         save_file(weights, partial / f"student-{number}.safetensors")
         save_file(moments, partial / f"optimiser-{number}.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
+    state = {"step": step, "config": config, "progress": progress or {}}
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    for old in sorted(run.glob("checkpoint-??????"))[:-_KEPT]:
+    for old in _all(run)[:-_KEPT]:
         shutil.rmtree(old)
     return folder
 
@@ -60,7 +67,7 @@ def load_last(
     Raises:
         CheckpointError: if it is broken, or of a run with another configuration.
     """
-    folders = sorted(run.glob("checkpoint-??????"))
+    folders = _all(run)
     if not folders:
         return 0
     folder = folders[-1]
@@ -86,6 +93,25 @@ def load_last(
             _read(folder / f"optimiser-{number}.safetensors"),
         )
     return step
+
+
+def _all(run: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(run.glob("checkpoint-" + "?" * 9))
+
+
+def drop_last(run: Path) -> bool:
+    """Remove the last checkpoint, if there is one."""
+    folders = _all(run)
+    for folder in folders[-1:]:
+        shutil.rmtree(folder)
+    return bool(folders)
+
+
+def read_progress(run: Path) -> dict[str, Any]:
+    """The `progress` of the last checkpoint, which `load_last` has found to be whole."""
+    folders = _all(run)
+    return dict(json.loads((folders[-1] / "state.json").read_text())["progress"]) if folders else {}
 
 
 def pack(module: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:

@@ -17,3 +17,7 @@ class CheckpointError(OsdError):
 
 class ConfigError(OsdError):
     """A configuration that cannot be used."""
+
+
+class SpoolError(OsdError):
+    """A traffic spool that cannot be used now."""

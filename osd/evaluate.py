@@ -27,6 +27,7 @@ class Agreement(NamedTuple):
     jsd: float  # of the drafts among themselves: near zero, they have collapsed
     epistemic: float  # jsd + KL(q_bar || p), what the service would answer
     reference: float  # EU*, corrected for the number of draws
+    rmse: float  # of `epistemic` against EU*, token by token; EU*'s own noise is in it
 
 
 class HeldOut:
@@ -71,7 +72,9 @@ class HeldOut:
                 logq_KTV = torch.stack([_logp(d.h_Td[rows], d.head_Vd) for d in drafts])
                 logp_MTV = torch.stack([_logp(m[rows], self.head_Vd) for m in members])
                 totals += _sums(logq_KTV, logp_MTV, _logp(h[rows], self.head_Vd))
-        return Agreement(*(totals / n_tokens).tolist())
+        means = totals / n_tokens
+        means[-1].sqrt_()
+        return Agreement(*means.tolist())
 
 
 def _sums(logq_KTV: Tensor, logp_MTV: Tensor, logp_TV: Tensor) -> Tensor:
@@ -90,6 +93,7 @@ def _sums(logq_KTV: Tensor, logp_MTV: Tensor, logp_TV: Tensor) -> Tensor:
         served.jsd,
         served.epistemic,
         reference,
+        (served.epistemic - reference).square(),
     )
     return torch.stack([row.double().sum().cpu() for row in rows])
 

@@ -29,3 +29,11 @@ def shard_of(key: int, n_shards: int) -> int:
     if n_shards < 1:
         raise ValueError(f"n_shards must be at least 1, got {n_shards}")
     return key % n_shards
+
+
+def is_held_out(key: int, one_in: int) -> bool:
+    """Whether a conversation of the traffic is kept from all drafts, to measure them on.
+
+    By other bits of the hash than the shard's, so that each shard has the same share.
+    """
+    return (key >> 32) % one_in == 0

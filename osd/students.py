@@ -64,39 +64,60 @@ class Trainee(Protocol):
 
 
 class ResidualStudent:
-    """Learns where draws of the posterior move the target's final hidden state."""
+    """Learns where draws of the posterior move the target's final hidden state.
+
+    Args:
+        config: how it is trained.
+        head: what is trained.
+        into_dr: coordinates of moves of the hidden state (`osd.objectives.MoveBasis`).
+        listed: which of its draws are drafts; None: all.
+    """
 
     def __init__(
         self,
+        config: ResidualDrafts,
+        head: ResidualHead,
+        into_dr: Tensor,
+        head_Vd: Tensor,
+        dtype: torch.dtype,
+        listed: list[int] | None = None,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.head = head
+        self.head_Vd = head_Vd
+        self.layers = list(head.config.taps)
+        self.listed = list(range(config.draws)) if listed is None else listed
+        self.module = _InCoordinates(head, into_dr).to(head_Vd.device)
+        self._directions: tuple[int, Tensor] | None = None
+
+    @classmethod
+    def new(
+        cls,
         config: ResidualDrafts,
         head_Vd: Tensor,
         basis: MoveBasis,
         dtype: torch.dtype,
         seed: int,
         places: tuple[Tensor, Tensor],
-    ) -> None:
-        self.config = config
-        self.dtype = dtype
-        self.head_Vd = head_Vd
-        self.layers = config.layers
+    ) -> ResidualStudent:
+        """One that has learned nothing."""
         shape = ResidualConfig(
             hidden_size=head_Vd.shape[1],
-            taps=self.layers,
+            taps=config.layers,
             rank=config.rank,
             factors=config.factors,
             width=config.width,
             draws=config.draws,
             scaled=config.match > 0,
         )
-        generator = torch.Generator().manual_seed(seed)
-        self.head = ResidualHead(shape).initialise(generator)
+        head = ResidualHead(shape).initialise(torch.Generator().manual_seed(seed))
         z, eps = places
         with torch.no_grad():
-            self.head.basis.copy_(basis.basis_dr)
-            self.head.z.copy_(z)
-            self.head.eps.copy_(eps)
-        self.module = _InCoordinates(self.head, basis.into_dr).to(head_Vd.device)
-        self._directions: tuple[int, Tensor] | None = None
+            head.basis.copy_(basis.basis_dr)
+            head.z.copy_(z)
+            head.eps.copy_(eps)
+        return cls(config, head, basis.into_dr, head_Vd, dtype)
 
     def directions(self) -> Tensor:
         """What a move does to logits; made again when a checkpoint has changed the basis."""
@@ -122,13 +143,13 @@ class ResidualStudent:
         return loss + self.config.match * eu_mismatch(estimate_T, eu_T)
 
     def drafts(self, batch: Batch, clean: Clean) -> list[Student]:
-        taps, draws = self._taps(batch, clean), list(range(self.config.draws))
+        taps = self._taps(batch, clean)
         blocks = []
         for start in range(0, len(clean.h_Td), _ROWS):
             rows = slice(start, start + _ROWS)
             h, inner = clean.h_Td[rows], [tap[rows] for tap in taps]
             logits_TV = F.linear(h, self.head_Vd)
-            blocks.append(self.head(h, inner, logits_TV, self.directions(), draws))
+            blocks.append(self.head(h, inner, logits_TV, self.directions(), self.listed))
         moved = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
         return [Student(state, self.head_Vd) for state in moved]
 

@@ -36,6 +36,7 @@ from osd.precision import bfloat16_products
 from osd.processes import Processes
 from osd.schedule import batch_at, batches_per_epoch, derived_seed, learning_rate
 from osd.states import FreshStates, KeptStates, States, fingerprint
+from osd.step import Diverged, new_optimiser, posterior_lesson, take_step
 from osd.students import Lesson
 from osd.teacher import Batch, collate
 
@@ -107,12 +108,7 @@ class Run:
                 seed=derived_seed(config.seed, "held out"),
             )
         self.optimisers = [
-            torch.optim.AdamW(
-                [p for p in student.module.parameters() if p.requires_grad],
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                betas=(0.9, 0.95),
-            )
+            new_optimiser(student.module, config.learning_rate, config.weight_decay)
             for student in self.students
         ]
         config.run.mkdir(parents=True, exist_ok=True)
@@ -168,45 +164,44 @@ class Run:
 
     def _student_step(self, number: int, rate: float) -> tuple[float, int]:
         """One optimiser step of one student; its loss, and the tokens that it saw."""
-        config, student, optimiser = self.config, self.students[number], self.optimisers[number]
-        total, n_tokens = 0.0, 0
+        try:
+            return take_step(
+                self.students[number],
+                self.optimisers[number],
+                self._lessons(number),
+                count=self.config.accumulate,
+                rate=rate,
+                clip_norm=self.config.clip_norm,
+            )
+        except Diverged as error:
+            raise self._diverged(number) from error
+
+    def _lessons(self, number: int) -> Iterator[Lesson]:
+        config = self.config
+        order = derived_seed(config.seed, "order", number)
         for part in range(config.accumulate):
             index = self.step * config.accumulate + part
-            order = derived_seed(config.seed, "order", number)
             texts = batch_at(self.texts[number], index, config.texts, order)
             batch = collate(texts, config.max_tokens, self.teacher.head_Vd.device)
-            try:
-                loss = student.loss(self._lesson(number, index, texts, batch)) / config.accumulate
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise self._diverged(number) from error
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            n_tokens += int(batch.mask_BL.sum())
-        parameters = [p for p in student.module.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        if not bool(torch.isfinite(norm)):
-            raise self._diverged(number)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.step()
-        optimiser.zero_grad()
-        return total, n_tokens
+            yield self._lesson(number, index, texts, batch)
 
     def _lesson(self, number: int, index: int, texts: list[Text], batch: Batch) -> Lesson:
         config = self.config
-        clean = self.states.clean(texts, batch)
-        teachers = clean.h_Td.unsqueeze(0)
+        visit, seeds = 0, []
         if config.teacher == "posterior":
             count = getattr(config.drafts, "teacher_draws", 1)
             visit = index // batches_per_epoch(self.texts[number], config.texts) * count
             seeds = [derived_seed(config.seed, "draw", number, index, n) for n in range(count)]
-            teachers = torch.stack(
-                [self.states.draw(texts, batch, visit + n, seed) for n, seed in enumerate(seeds)]
-            )
-        generator = torch.Generator().manual_seed(derived_seed(config.seed, "rows", number, index))
-        chosen = torch.randperm(len(clean.h_Td), generator=generator)[: config.loss_tokens]
-        eu_T = self.states.eu(texts, batch) if getattr(config.drafts, "match", 0) else None
-        return Lesson(batch, clean, teachers, chosen.to(clean.h_Td.device), eu_T)
+        return posterior_lesson(
+            self.states,
+            texts,
+            batch,
+            visit=visit,
+            seeds=seeds,
+            rows_seed=derived_seed(config.seed, "rows", number, index),
+            loss_tokens=config.loss_tokens,
+            with_eu=getattr(config.drafts, "match", 0) > 0,
+        )
 
     def _diverged(self, number: int) -> OsdError:
         return OsdError(

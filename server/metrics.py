@@ -32,3 +32,11 @@ DOUBTED = Counter(
 )
 GENERATIONS = Counter("demur_generations", "Generated choices", ["finish_reason"])
 READY = Gauge("demur_ready", "1 while the engine answers")
+
+# Online distillation.
+CAPTURED = Counter(
+    "demur_spool_captured",
+    "Conversations offered to the traffic spool: kept, repeated (it came before), dropped",
+    ["outcome"],
+)
+SPOOL_ERRORS = Counter("demur_spool_errors", "Failed attempts to write to the traffic spool")

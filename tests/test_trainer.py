@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         [sys.executable, "-c", code, str(file)], env=os.environ | {"TQDM_DISABLE": "1"}
     ) as process:
         deadline = time.monotonic() + 120
-        while not list(killed.run.glob("checkpoint-??????")) and time.monotonic() < deadline:
+        while not list(killed.run.glob("checkpoint-?????????")) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -257,7 +257,7 @@ def test_two_processes_make_what_one_makes(target: Path, corpus: Path, tmp_path:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, atol=1e-5, rtol=1e-4)
-    assert len(list(two.run.glob("checkpoint-??????"))) == 2
+    assert len(list(two.run.glob("checkpoint-?????????"))) == 2
     logs = [read_measured(config_run) for config_run in (tmp_path / "one/run", two.run)]
     assert [step for step, _ in logs[0]] == [step for step, _ in logs[1]] == [0, 5, 10, 12]
     for (_, ours), (_, theirs) in zip(*logs, strict=True):

@@ -1,0 +1,428 @@
+"""The online trainer: drafts that follow the traffic (OSD, arXiv 2602.01956) while it is served.
+
+    run(OnlineConfig(), Places(ensemble, store="drafts", spool="spool.sqlite", ...), stop)
+
+One round of it, again and again:
+
+    follow the store → read the spool → a step of a student → (now and then) judge and publish
+
+All that it knows is its checkpoint: weights, moments, and each student's position in the spool, in
+one folder that appears whole. Killed at any line, it goes on from there: what it had learned since
+is learned again, from the same texts, by weights that have not seen them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from drafts.errors import DraftsError, StoreError
+from drafts.manifest import load_ensemble
+from drafts.store import DraftsStore, Version
+from osd import checkpoint
+from osd.alone import alone
+from osd.build import check_device, open_teacher, shards, split
+from osd.control import Activity, Control, LastVerdict
+from osd.corpus import Corpus, Text, check_target
+from osd.errors import CheckpointError, SpoolError
+from osd.online_config import OnlineConfig
+from osd.pace import Pace, is_busy, step_aside
+from osd.progress import Progress
+from osd.publish import first_version, open_version, write_version
+from osd.review import Review, Reviewer
+from osd.schedule import batch_at, derived_seed
+from osd.spool import Spool, open_spool
+from osd.states import FreshStates
+from osd.status import Reporter
+from osd.step import Diverged, new_optimiser, posterior_lesson, take_step
+from osd.students import Lesson
+from osd.teacher import collate
+from osd.traffic import Traffic
+from osd.warm_start import checkpoints, students_of, target_metric
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 2.0  # at the store and the spool
+_STUCK_S = (1.0, 5.0, 30.0)  # waits after failures in a row
+_LEAST_RATE = 1 / 16
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are.
+
+    Attributes:
+        ensemble: folder of what the service was started with; its target is the teacher.
+        store: of the drafts' versions, a folder or a URL.
+        spool: a path or a Redis URL.
+        folder: of checkpoints and kept states; this trainer's own.
+        corpus: the target's own answers, for replay and the reference set.
+        load: folder where services on this machine tell how busy they are.
+    """
+
+    ensemble: Path
+    store: str
+    spool: str
+    folder: Path
+    corpus: Path
+    load: Path
+
+
+def run(config: OnlineConfig, places: Places, stop: threading.Event) -> None:
+    """Follow the traffic until `stop` is set.
+
+    Raises:
+        DraftsError, OsdError: if it cannot begin. What goes wrong later is logged and tried again.
+    """
+    check_device(config.device)
+    with alone(places.folder, "osd"), open_spool(places.spool) as spool:
+        step_aside()
+        torch.set_num_threads(config.threads)
+        OnlineTrainer(config, places, spool).follow_traffic(stop)
+
+
+class OnlineTrainer:
+    """Students, and how far they have come."""
+
+    def __init__(self, config: OnlineConfig, places: Places, spool: Spool) -> None:
+        self.config = config
+        self.places = places
+        self.store = DraftsStore(places.store)
+        self.control = Control(self.store)
+        self.pace = Pace(config.share, config.busy_share, lambda: is_busy(places.load))
+        self.ensemble = load_ensemble(places.ensemble)
+        current = first_version(self.store, self.ensemble, places.folder)
+        count = len(checkpoints(self.ensemble))
+        self.progress = Progress.new(current.name, count)
+        self.reporter = Reporter(self.control)
+        self.reporter.report("starting", self.progress)
+        target = self.ensemble.target_path
+        self.teacher = open_teacher(
+            target, config.posterior, config.dtype, config.device, places.folder / "svd"
+        )
+        self.fresh = FreshStates(self.teacher, self.ensemble.hidden_layers)
+        reference = self._read_corpus(target, count)
+        work = places.folder
+        self.reviewer = Reviewer(
+            config, self.ensemble, self.store, self.teacher, self.fresh, reference, work
+        )
+        self.metric_dd = target_metric(self.fresh, reference, self.teacher, config.measured_tokens)
+        # Of what a checkpoint is: students of another model are none of these.
+        self.fixed = {"ensemble": self.ensemble.manifest.name, "students": count}
+        self._go_on(current)
+        self.traffic = Traffic(spool, self.progress.positions, config)
+        self._follow_store()
+        self._looked, self._paused, self._saved = float("-inf"), False, ""
+
+    def follow_traffic(self, stop: threading.Event) -> None:
+        """Round after round until `stop` is set; then a last checkpoint."""
+        failures = 0
+        while not stop.is_set():
+            started = time.monotonic()
+            try:
+                activity = self.round()
+                failures = 0
+            except (OSError, SafetensorError, SpoolError, DraftsError) as error:
+                # A full disk, a store or a spool that is away: what is in memory goes on later.
+                wait = _STUCK_S[min(failures, len(_STUCK_S) - 1)]
+                logger.error("%s; trying again in %g s", error, wait)
+                failures += 1
+                self.reporter.stuck(str(error), self.progress, self.traffic)
+                stop.wait(wait)
+                continue
+            if activity in ("waiting", "paused"):
+                stop.wait(_LOOK_EVERY_S)
+            else:
+                self.pace.worked(time.monotonic() - started)
+                self.pace.rest(stop)
+        self.save()
+        self.reporter.report("stopped", self.progress, self.traffic)
+
+    def round(self) -> Activity:
+        """Do the next thing, and say what it was."""
+        if time.monotonic() - self._looked > _LOOK_EVERY_S:
+            self._follow_store()
+            self._paused = self.control.paused() is not None
+            self.traffic.pull()
+            self._looked = time.monotonic()
+        activity = self._next()
+        self.reporter.report_now_and_then(activity, self.progress, self.traffic)
+        if activity == "training":
+            self.step()
+        elif activity == "judging":
+            self.judge()
+        if activity in ("waiting", "paused") or self._is_due():
+            self.save()
+        return activity
+
+    def _next(self) -> Activity:
+        if self._paused:
+            return "paused"
+        if self._to_watch() or self._may_judge():
+            return "judging"
+        return "waiting" if self._next_student() is None else "training"
+
+    # Steps.
+
+    def step(self) -> None:
+        """One step of the student whose turn it is, on traffic and replay."""
+        number = self._next_student()
+        assert number is not None
+        config, progress = self.config, self.progress
+        taken = self.traffic.take(number, config.texts - config.replayed)
+        index, warm = progress.steps[number], progress.warm // len(self.students)
+        progress.texts[number] += len(taken)
+        progress.steps[number] += 1
+        progress.since += 1
+        progress.warm += 1
+        texts = [text for text in taken if self._usable(text)]
+        if config.replayed:
+            order = derived_seed(config.seed, "replay", number)
+            texts += batch_at(self.replay[number], index, config.replayed, order)
+        if not texts:
+            return
+        warmth = min(1.0, (warm + 1) / max(1, config.warmup))
+        try:
+            loss, _ = take_step(
+                self.students[number],
+                self.optimisers[number],
+                [self._lesson(number, index, texts)],
+                count=1,
+                rate=config.learning_rate * progress.rate * warmth,
+                clip_norm=config.clip_norm,
+            )
+        except Diverged as error:
+            progress.diverged += 1
+            logger.warning("student %d, step %d: %s; it is left out", number, index, error)
+            return
+        progress.last_step = time.time()
+        self.reporter.loss(loss)
+
+    def _lesson(self, number: int, index: int, texts: list[Text]) -> Lesson:
+        seed = self.config.seed
+        drafts = getattr(self.students[number], "config", None)
+        draws = getattr(drafts, "teacher_draws", 1)
+        return posterior_lesson(
+            self.fresh,
+            texts,
+            collate(texts, self.config.max_tokens, self.teacher.head_Vd.device),
+            visit=0,
+            seeds=[derived_seed(seed, "draw", number, index, n) for n in range(draws)],
+            rows_seed=derived_seed(seed, "rows", number, index),
+            loss_tokens=self.config.loss_tokens,
+            with_eu=False,
+        )
+
+    def _next_student(self) -> int | None:
+        """The one with the fewest steps among those for which enough texts wait."""
+        wanted = self.config.texts - self.config.replayed
+        ready = [n for n in range(len(self.students)) if self.traffic.waiting(n) >= wanted]
+        return min(ready, key=lambda n: (self.progress.steps[n], n), default=None)
+
+    def _usable(self, text: Text) -> bool:
+        """Whether it can be learned from: what is in the spool may be of another model."""
+        return (
+            text.response_start < self.config.max_tokens
+            and max(text.token_ids) < self.ensemble.vocab_size
+        )
+
+    # Versions.
+
+    def judge(self) -> None:
+        """Take the version that serves back if it does badly; else publish a new one, or refuse it.
+
+        Either way the progress that is written with it is that of after it, so that a kill between
+        the two lets nothing be learned twice.
+        """
+        if fresh := self._to_watch():
+            self._watch(fresh)
+            return
+        folder = self.places.folder / "candidate"
+        stem = f"{self.ensemble.members[0].draft.kind}-osd-{self.progress.step}"
+        name = write_version(self.ensemble, self.students, folder, stem)
+        review = self.reviewer.review(
+            folder, self._held_out(), serving=self.progress.base, first=self.progress.first
+        )
+        after = self._after(name, review)
+        about: dict[str, Any] = {
+            "made by": "online stochastic distillation",
+            "refused": review.reasons,
+            "reference": review.candidate.reference._asdict(),
+            "traffic": review.candidate.traffic._asdict(),
+            "serving, on traffic": review.serving.traffic._asdict(),
+            "first, on traffic": review.first.traffic._asdict(),
+            "progress": after.model_dump(mode="json"),
+        }
+        self._publish(folder, name, about, make_current=not review.reasons)
+        if review.reasons:
+            logger.warning("version %s is refused: %s", name, "; ".join(review.reasons))
+            self._start_from(self.store.version(after.base), after)
+        else:
+            before, now = review.serving.traffic.kl_mixture, review.candidate.traffic.kl_mixture
+            logger.info("version %s goes live: KL on traffic %.4f, was %.4f", name, now, before)
+            self.progress = after
+        self.save()
+        self.store.prune(self.config.keep_versions, [after.first, after.base])
+
+    def _after(self, name: str, review: Review) -> Progress:
+        after = self.progress.model_copy(deep=True)
+        after.positions = list(self.traffic.positions)
+        after.since = 0
+        after.last_verdict = LastVerdict(
+            version=name,
+            verdict="refused" if review.reasons else "published",
+            reasons=review.reasons,
+            time=time.time(),
+        )
+        if review.reasons:
+            after.refused += 1
+            after.rate = max(_LEAST_RATE, after.rate / 2)
+            after.traffic = review.serving.traffic._asdict()
+        else:
+            after.published += 1
+            after.rate = min(1.0, after.rate * 2)
+            after.base, after.watched = name, self.traffic.last
+            after.traffic = review.candidate.traffic._asdict()
+            after.reference = review.candidate.reference._asdict()
+        return after
+
+    def _watch(self, fresh: list[Text]) -> None:
+        progress = self.progress
+        version = self.store.version(progress.base)
+        if version.parent is None:
+            progress.watched = None
+            return
+        reason, now = self.reviewer.watch(fresh, serving=version.name, parent=version.parent)
+        progress.watched, progress.traffic = None, now._asdict()
+        if reason is None:
+            return
+        logger.warning("version %s is taken back: %s", version.name, reason)
+        progress.taken_back += 1
+        progress.rate = max(_LEAST_RATE, progress.rate / 2)
+        progress.last_verdict = LastVerdict(
+            version=version.name, verdict="taken back", reasons=[reason], time=time.time()
+        )
+        self.store.withdraw(version.name, reason)
+        self._start_from(self.store.make_current(version.parent), progress)
+        self.save()
+
+    def _to_watch(self) -> list[Text]:
+        """Held-out traffic since the version that serves, if it is watched and that is enough."""
+        if self.progress.watched is None:
+            return []
+        fresh = self._held_out(self.progress.watched)
+        return fresh if len(fresh) >= self.config.least_held_out else []
+
+    def _may_judge(self) -> bool:
+        enough = len(self._held_out()) >= self.config.least_held_out
+        return enough and self.progress.since >= self.config.publish_every
+
+    def _held_out(self, after: str | None = None) -> list[Text]:
+        shortest = self.config.measured_tokens
+        texts = self.traffic.held_out_after(after)
+        return [t for t in texts if self._usable(t) and t.response_start < shortest]
+
+    def _publish(
+        self, folder: Path, name: str, about: dict[str, Any], *, make_current: bool
+    ) -> None:
+        try:
+            self.store.publish(folder, about=about, make_current=make_current)
+        except StoreError:
+            # Killed after it was published, and come to the same weights again: nothing to add.
+            self.store.version(name)
+            if make_current:
+                self.store.make_current(name)
+
+    def _follow_store(self) -> None:
+        """Begin from the current version when somebody else has chosen it."""
+        current = self.store.current()
+        if current.name != self.progress.base:
+            logger.info("%s serves now, not %s: going on from it", current.name, self.progress.base)
+            self.progress.positions = list(self.traffic.positions)
+            self._start_from(current, self._progress_of(current))
+            self.traffic.go_to(self.progress.positions)
+
+    def _progress_of(self, version: Version) -> Progress:
+        """The progress to go on with from a version: the later one of its and this trainer's."""
+        mine = self.progress
+        told = version.about.get("progress")
+        if told is None:
+            mine.first = version.name  # made elsewhere: bounds are taken from it
+        else:
+            its = Progress.model_validate(told)
+            if its.base == version.name and its.step >= mine.step:
+                return its  # this trainer was killed between publishing it and its checkpoint
+        mine.since, mine.watched, mine.traffic = 0, None, None
+        mine.reference = version.about.get("reference")
+        return mine
+
+    def _start_from(self, version: Version, progress: Progress) -> None:
+        """Students with a version's weights, and new moments."""
+        opened = open_version(self.store, version, self.ensemble, self.places.folder)
+        self.students = students_of(opened, self.config, self.teacher, self.metric_dd)
+        self.optimisers = [
+            new_optimiser(s.module, self.config.learning_rate, self.config.weight_decay)
+            for s in self.students
+        ]
+        progress.base, progress.warm, progress.since = version.name, 0, 0
+        self.progress = progress
+
+    # What outlives this process.
+
+    def save(self) -> None:
+        """Write a checkpoint, if anything changed."""
+        self.progress.positions = list(self.traffic.positions)
+        self.progress.skipped += self.traffic.count_skipped()
+        state = self.progress.model_dump_json()
+        if state == self._saved:
+            return
+        checkpoint.save(
+            self.places.folder,
+            self.progress.step,
+            self.fixed,
+            [student.module for student in self.students],
+            self.optimisers,
+            self.progress.model_dump(mode="json"),
+        )
+        self._saved = state
+
+    def _is_due(self) -> bool:
+        return self.progress.step % self.config.checkpoint_every == 0
+
+    def _go_on(self, current: Version) -> None:
+        """From the last whole checkpoint, or from the current version."""
+        folder = self.places.folder
+        self._start_from(current, self.progress)
+        while True:
+            try:
+                modules = [student.module for student in self.students]
+                checkpoint.load_last(folder, self.fixed, modules, self.optimisers)
+                told = checkpoint.read_progress(folder)
+                break
+            except CheckpointError as error:
+                # The one before has positions of its own: nothing is lost with this one but time.
+                logger.warning("%s", error)
+                checkpoint.drop_last(folder)
+        if told:
+            self.progress = Progress.model_validate(told)
+        else:
+            self._start_from(current, self._progress_of(current))
+
+    def _read_corpus(self, target: Path, count: int) -> list[Text]:
+        """Sets `replay`, a list of texts for each student; returns the reference set."""
+        config = self.config
+        corpus = Corpus(self.places.corpus)
+        check_target(corpus, target)
+        shortest = min(config.max_tokens, config.measured_tokens)
+        texts = corpus.read(self.ensemble.vocab_size)
+        short = [text for text in texts if text.response_start < shortest]
+        reference, training = split(short, config.reference_texts)
+        self.replay = shards(training, count) if config.diverse else [training] * count
+        return reference
