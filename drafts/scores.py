@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -107,6 +108,8 @@ class ServingEngine(Protocol):
     def stream(
         self, token_ids: Sequence[int], sampling: Sampling
     ) -> AsyncGenerator[Generated, None]: ...
+
+    async def swap(self, folder: Path, target_path: Path | None = None) -> None: ...
 
     async def check_health(self) -> None: ...
 

@@ -27,6 +27,8 @@ from drafts.weights import open_to_readers
 
 SHIPPED = Path(__file__).with_name("trained")
 TRAINING_NAME = "training.json"  # what the trainer says of how drafts were made
+# The target's own answers to everyday questions, for online distillation: a corpus of `osd`.
+REFERENCE_NAME = "reference"
 _DELTA_NAME = "delta.safetensors"
 
 

@@ -142,8 +142,12 @@ class OnlineTrainer:
             else:
                 self.pace.worked(time.monotonic() - started)
                 self.pace.rest(stop)
-        self.save()
-        self.reporter.report("stopped", self.progress, self.traffic)
+        try:
+            self.save()
+            self.reporter.report("stopped", self.progress, self.traffic)
+        except (OSError, SafetensorError, DraftsError) as error:
+            # The checkpoint before is whole: the steps since are taken again.
+            logger.error("the last steps are not kept: %s", error)
 
     def round(self) -> Activity:
         """Do the next thing, and say what it was."""
@@ -158,6 +162,7 @@ class OnlineTrainer:
             self.step()
         elif activity == "judging":
             self.judge()
+            self.reporter.report(activity, self.progress, self.traffic)
         if activity in ("waiting", "paused") or self._is_due():
             self.save()
         return activity

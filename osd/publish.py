@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from drafts.calibration import CALIBRATION_NAME
 from drafts.errors import StoreError
 from drafts.manifest import MANIFEST_NAME, Ensemble, load_ensemble
+from drafts.same_shape import check_same_shape
 from drafts.store import DraftsStore, Version
 from drafts.weights import open_to_readers
 from osd.ensemble import letters
@@ -80,8 +81,15 @@ def first_version(store: DraftsStore, ensemble: Ensemble, work: Path) -> Version
 
 
 def open_version(store: DraftsStore, version: Version, ensemble: Ensemble, work: Path) -> Ensemble:
-    """A version of an ensemble on this machine, beside the ensemble's own target."""
-    return load_ensemble(store.fetch(version, work / "versions"), ensemble.target_path)
+    """A version of an ensemble on this machine, beside the ensemble's own target.
+
+    Raises:
+        StoreError: if a file is missing or not what was published.
+        ManifestError, WeightsError: if it is no version of this ensemble.
+    """
+    opened = load_ensemble(store.fetch(version, work / "versions"), ensemble.target_path)
+    check_same_shape(ensemble, opened)
+    return opened
 
 
 def _write_manifest(

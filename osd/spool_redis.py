@@ -94,8 +94,7 @@ class RedisSpool:
 
     def trim(self) -> int:
         with self._told():
-            seconds, _ = self._redis.time()
-            oldest = int((seconds - self.limits.max_age_s) * 1000)
+            oldest = int((self._now() - self.limits.max_age_s) * 1000)
             dropped = 0
             while found := self._redis.xrange(
                 self._stream, "-", max(oldest - 1, 0), count=_AT_ONCE
@@ -120,10 +119,10 @@ class RedisSpool:
         with self._told():
             count, size = self._redis.xlen(self._stream), self._redis.get(self._bytes)
             first = self._redis.xrange(self._stream, count=1)
-            seconds, micros = self._redis.time()
+            now = self._now()
         age = 0.0
         if first:
-            age = max(0.0, seconds + micros / 1e6 - order(first[0][0].decode())[0] / 1000)
+            age = max(0.0, now - order(first[0][0].decode())[0] / 1000)
         return SpoolStats(int(count), int(size or 0), age)
 
     def close(self) -> None:
@@ -134,6 +133,10 @@ class RedisSpool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _now(self) -> float:
+        seconds, micros = self._redis.time()
+        return float(seconds + micros / 1e6)
 
     def _trim_size(self) -> int:
         dropped = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ class Admission:
     def __init__(self, max_pending: int) -> None:
         self.max_pending = max_pending
         self.pending = 0
+        self.tell: Callable[[int], None] | None = None  # who else wants to know
 
     @contextmanager
     def take(self, items: int) -> Iterator[None]:
@@ -35,13 +36,17 @@ class Admission:
                 "try again later",
                 retry_after_s=1 + self.pending // 100,
             )
-        self.pending += items
-        metrics.PENDING.set(self.pending)
+        self._add(items)
         try:
             yield
         finally:
-            self.pending -= items
-            metrics.PENDING.set(self.pending)
+            self._add(-items)
+
+    def _add(self, items: int) -> None:
+        self.pending += items
+        metrics.PENDING.set(self.pending)
+        if self.tell is not None:
+            self.tell(self.pending)
 
 
 class ClientGone(Exception):

@@ -12,7 +12,7 @@ from importlib import metadata
 
 from fastapi import FastAPI
 
-from server import openai_routes, routes
+from server import openai_routes, osd_routes, routes
 from server.errors import install_handlers
 from server.middleware import RequestContext
 from server.settings import Settings
@@ -49,7 +49,7 @@ def create_app(
     install_handlers(app)
     app.include_router(routes.scored)
     app.include_router(openai_routes.generated)
-    app.include_router(routes.administered)
+    app.include_router(osd_routes.administered)
     app.include_router(routes.open_to_all)
     app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
     _drop_stock_validation_error(app)

@@ -28,10 +28,14 @@ from server.served import Served
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a choice goes on from: its tokens, and the words in it that a person wrote."""
+    """What a choice goes on from: its tokens, and the words in it that a person wrote.
+
+    `conversation` is the key by which its draft is found (`osd.shards`).
+    """
 
     token_ids: list[int]
     text: str
+    conversation: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Job:
     early: UncertaintyStop | None
     logprobs: bool  # in the answer, for each token
     uncertainty: bool  # beside them, and for each choice; never without them
+    store: bool = True  # may it be kept for distillation?
 
     @property
     def n_choices(self) -> int:
@@ -84,13 +89,18 @@ class Choice:
         self._shown: list[Piece[_Row]] = []
         self._version = served.engine.weights_version
         self.finish_reason: FinishReason | None = None
-        self.n_generated = 0
+        self.token_ids: list[int] = []
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens that were generated, and not thrown away."""
+        return len(self.token_ids)
 
     def take(self, step: Generated) -> list[Piece[_Row]]:
         """Add the engine's next tokens; what can be shown now. May set `finish_reason`."""
         pieces: list[Piece[_Row]] = []
         count = len(step.token_ids)
-        self.n_generated += count
+        self.token_ids += step.token_ids
         self._version = step.weights_version
         # The end-of-text token is no part of the text.
         for i in range(count - (step.finish_reason == "stop")):
@@ -125,7 +135,7 @@ class Choice:
         self, reason: FinishReason, pieces: list[Piece[_Row]], unread: int
     ) -> list[Piece[_Row]]:
         self.finish_reason = reason
-        self.n_generated -= unread
+        del self.token_ids[self.n_generated - unread :]
         return pieces + self._decoder.flush()
 
     def _doubt_stays_high(self, scores: TokenScores | None, i: int) -> bool:

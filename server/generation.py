@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from server import metrics
 from server.admission import Admission
+from server.capture import Capture
 from server.choice import Choice, Job, Part
 from server.errors import ApiError, DeadlineExceeded
 from server.served import Served, told_to_clients
@@ -22,10 +23,17 @@ from server.settings import Settings
 class Generator:
     """Answers jobs with one engine."""
 
-    def __init__(self, served: Served, settings: Settings, admission: Admission) -> None:
+    def __init__(
+        self,
+        served: Served,
+        settings: Settings,
+        admission: Admission,
+        capture: Capture | None = None,
+    ) -> None:
         self.served = served
         self.settings = settings
         self.admission = admission
+        self.capture = capture
 
     async def run(self, job: Job) -> AsyncGenerator[Part, None]:
         """The parts of all choices, as they come. Closing it ends what is under way.
@@ -93,3 +101,6 @@ class Generator:
         parts.put_nowait(choice.last_part(index, pieces))
         metrics.TOKENS.labels("generated").inc(choice.n_generated)
         metrics.GENERATIONS.labels(choice.finish_reason).inc()
+        if self.capture is not None and job.store:
+            ids = prompt.token_ids + choice.token_ids
+            self.capture.offer(prompt.conversation, ids, len(prompt.token_ids))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from drafts.scores import Sampling
+from osd.shards import conversation_key
 from server import schemas
 from server.choice import Job, Prompt
 from server.errors import BadRequest, TooLarge
@@ -50,7 +51,8 @@ async def chat_job(body: ChatRequest, served: Served) -> Job:
     given = body.max_completion_tokens or body.max_tokens
     room = served.engine.max_tokens + 1 - len(prompt)
     top = body.top_logprobs or 0
-    prompts = [Prompt(prompt, schemas.said(body.messages))]
+    key = conversation_key(messages=[message.turn for message in body.messages])
+    prompts = [Prompt(prompt, schemas.said(body.messages), key)]
     return _job(body, prompts, given or max(room, 1), bool(body.logprobs), top, served)
 
 
@@ -69,13 +71,15 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]], served: Serv
     prompts: list[Prompt] = []
     for text in texts:
         if isinstance(text, str):
-            prompts.append(Prompt(served.encoder.token_ids(text, rendered=False), text))
+            ids = served.encoder.token_ids(text, rendered=False)
+            prompts.append(Prompt(ids, text, conversation_key(prompt=text)))
         elif isinstance(text, list):
             if any(token_id >= served.engine.vocab_size for token_id in text):
                 raise BadRequest(
                     f"prompt: token ids must be below {served.engine.vocab_size}", param="prompt"
                 )
-            prompts.append(Prompt(text, "".join(map(served.encoder.token_text, text))))
+            words = "".join(map(served.encoder.token_text, text))
+            prompts.append(Prompt(text, words, conversation_key(prompt=words)))
     return prompts
 
 
@@ -110,6 +114,7 @@ def _job(
         early=body.uncertainty_stop,
         logprobs=logprobs,
         uncertainty=bool(body.uncertainty),
+        store=body.store is not False,
     )
 
 

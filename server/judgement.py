@@ -32,14 +32,15 @@ def judge(served: Served, scores: TokenScores, pieces: Sequence[str], asked: str
         pieces: the texts of its tokens.
         asked: what was said before it.
     """
-    if served.calibration is None:
+    calibration = served.calibration_of(scores.weights_version)
+    if calibration is None:
         return Judgement()
     claim = claim_of(pieces, asked)
-    probability = served.calibration.probability(scores, claim)
+    probability = calibration.probability(scores, claim)
     metrics.HALLUCINATION.observe(probability)
     warnings = [
         schemas.ScoreWarning(code=code, message=message)
-        for code, message in served.calibration.warnings(scores, claim, served.name)
+        for code, message in calibration.warnings(scores, claim, served.name)
     ]
     for warning in warnings:
         metrics.DOUBTED.labels(warning.code).inc()

@@ -1,6 +1,10 @@
 """Prometheus metrics of the service; vLLM's own (`vllm:*`) stand beside them at /metrics."""
 
+from __future__ import annotations
+
 from prometheus_client import Counter, Gauge, Histogram
+
+from server.schemas import OsdStatus
 
 REQUESTS = Counter("demur_requests", "HTTP requests", ["route", "status"])
 REQUEST_SECONDS = Histogram(
@@ -40,3 +44,62 @@ CAPTURED = Counter(
     ["outcome"],
 )
 SPOOL_ERRORS = Counter("demur_spool_errors", "Failed attempts to write to the traffic spool")
+SPOOL_TEXTS = Gauge("demur_spool_texts", "Conversations in the traffic spool")
+SPOOL_BYTES = Gauge("demur_spool_bytes", "Size of what is in the traffic spool")
+SPOOL_AGE = Gauge("demur_spool_oldest_seconds", "Age of the oldest conversation in the spool")
+SPOOL_QUEUED = Gauge("demur_spool_queued", "Conversations of this service that wait for the spool")
+CURRENT_VERSION = Gauge(
+    "demur_drafts_version", "1 for the version of the drafts' weights that serves", ["version"]
+)
+SWAPS = Counter("demur_drafts_swaps", "Versions of the store swapped in: ok, failed", ["outcome"])
+SWAP_SECONDS = Histogram(
+    "demur_drafts_swap_seconds",
+    "From seeing a version to serving with it, waiting for requests under way included",
+    buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+TRAINER_DEATHS = Counter("demur_osd_trainer_deaths", "Times that this service's trainer ended")
+TRAINER_UP = Gauge("demur_osd_trainer_up", "1 while a trainer reports to the store")
+OSD_PAUSED = Gauge("demur_osd_paused", "1 while the trainer is told to rest")
+OSD_STUCK = Gauge("demur_osd_stuck", "1 while the trainer cannot go on (full disk, no store)")
+OSD_STEPS = Gauge("demur_osd_steps", "Steps of all students, ever")
+OSD_TEXTS = Gauge("demur_osd_texts", "Texts of the traffic that drafts have learned from")
+OSD_WAITING = Gauge("demur_osd_waiting_texts", "Texts that wait to be learned from")
+OSD_SKIPPED = Gauge("demur_osd_skipped_texts", "Texts that came too fast to be learned from")
+OSD_LAST_STEP = Gauge("demur_osd_last_step_timestamp_seconds", "When the last step was made")
+OSD_LOSS = Gauge("demur_osd_loss", "Mean loss of the last steps")
+OSD_VERSIONS = Gauge(
+    "demur_osd_versions", "Versions made, ever: published, refused, taken_back", ["verdict"]
+)
+OSD_MEASURED = Gauge(
+    "demur_osd_measured_nats",
+    "Of the version that serves, on held-out traffic and on the reference set: kl_mixture is "
+    "KL(p_T || q_bar), jsd that among the drafts, reference EU*, rmse that of epistemic against it",
+    ["on", "measure"],
+)
+
+
+def observe_osd(status: OsdStatus) -> None:
+    """Bring the gauges of online distillation up to date."""
+    if status.spool is not None:
+        SPOOL_TEXTS.set(status.spool.texts)
+        SPOOL_BYTES.set(status.spool.bytes)
+        SPOOL_AGE.set(status.spool.oldest_age_s)
+        SPOOL_QUEUED.set(status.spool.queued)
+    TRAINER_UP.set(status.trainer_alive)
+    OSD_PAUSED.set(status.paused is not None)
+    trainer = status.trainer
+    if trainer is None:
+        return
+    OSD_STUCK.set(trainer.activity == "stuck")
+    OSD_STEPS.set(trainer.step)
+    OSD_TEXTS.set(sum(trainer.texts))
+    OSD_WAITING.set(sum(trainer.waiting))
+    OSD_SKIPPED.set(trainer.skipped)
+    OSD_LAST_STEP.set(trainer.last_step or 0)
+    OSD_LOSS.set(trainer.loss or 0)
+    OSD_VERSIONS.labels("published").set(trainer.published)
+    OSD_VERSIONS.labels("refused").set(trainer.refused)
+    OSD_VERSIONS.labels("taken_back").set(trainer.taken_back)
+    for on, measured in (("traffic", trainer.traffic), ("reference", trainer.reference)):
+        for name, value in (measured or {}).items():
+            OSD_MEASURED.labels(on, name).set(value)

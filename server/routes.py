@@ -10,16 +10,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server import schemas
 from server.admission import ClientGone, unless_gone
-from server.auth import authorise, authorise_admin
+from server.auth import authorise
 from server.dependencies import errors, serving, state_of
 from server.errors import BadRequest, NotReady
 from server.served import Served
 from server.state import Serving
 
 scored = APIRouter(prefix="/v1", dependencies=[Depends(authorise)], responses=errors(400, 401))
-administered = APIRouter(
-    prefix="/v1", dependencies=[Depends(authorise_admin)], responses=errors(401, 403)
-)
 open_to_all = APIRouter()
 
 
@@ -71,25 +68,6 @@ def _model(served: Served) -> schemas.Model:
         weights_version=served.engine.weights_version,
         added_passes=round(served.engine.added_passes, 4),
         calibration=None if served.calibration is None else served.calibration.id,
-    )
-
-
-@administered.get("/drafts", summary="The drafts that serve", responses=errors(503))
-async def drafts(serving: Annotated[Serving, Depends(serving)]) -> schemas.DraftList:
-    """The drafts beside the target, and the version of their weights. Needs an admin key."""
-    manifest = serving.served.engine.manifest
-    return schemas.DraftList(
-        weights_version=manifest.weights_version,
-        target=serving.served.name,
-        data=[
-            schemas.Draft(
-                name=draft.name,
-                kind=draft.kind,
-                layer=getattr(draft, "layer", None),
-                draw=getattr(draft, "draw", None),
-            )
-            for draft in manifest.drafts
-        ],
     )
 
 

@@ -17,6 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from osd.control import TrainerStatus
+from osd.shards import conversation_key
+
 # White space passes. Control characters, which a terminal would obey and no answer holds, do not,
 # and neither do surrogates, which JSON can name but UTF-8 cannot.
 _UNUSABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
@@ -120,6 +123,12 @@ class ScoreRequest(StrictBody):
         if self.messages is None and self.prompt is None:
             raise ValueError("messages or prompt is missing")
         return self
+
+    @property
+    def conversation(self) -> int:
+        """The key by which its draft is found (`osd.shards`)."""
+        turns = [message.turn for message in self.messages or []]
+        return conversation_key(messages=turns, prompt=self.prompt or "")
 
     @property
     def asked(self) -> str:
@@ -290,6 +299,20 @@ class Draft(BaseModel):
     draw: int | None = Field(description="of a `residual` student's draws, which one it is")
 
 
+class DraftVersion(BaseModel):
+    """A version of the drafts' weights in the store."""
+
+    name: str
+    parent: str | None = Field(description="the version that it was trained from or replaced")
+    created: int
+    current: bool = Field(description="the one that services of this store are to serve with")
+    refused: list[str] = Field(description="why it did not go live")
+    withdrawn: str | None = Field(description="why it was taken back, if it was")
+    measured: dict[str, dict[str, float]] = Field(
+        description="nats, on the reference set and on held-out traffic, when it was made"
+    )
+
+
 class DraftList(BaseModel):
     """The drafts that serve."""
 
@@ -297,6 +320,43 @@ class DraftList(BaseModel):
     weights_version: str
     target: str
     data: list[Draft]
+    versions: list[DraftVersion] | None = Field(
+        description="of the store, oldest first; null without a store"
+    )
+
+
+class RollbackRequest(StrictBody):
+    """Which version is to serve."""
+
+    version: str | None = Field(default=None, description="default: the current one's parent")
+
+
+class SpoolStatus(BaseModel):
+    """The traffic spool."""
+
+    texts: int
+    bytes: int
+    oldest_age_s: float
+    queued: int = Field(description="conversations of this service on their way into it")
+    error: str | None = Field(description="why it does not take conversations now")
+
+
+class OsdStatus(BaseModel):
+    """Online distillation."""
+
+    object: Literal["osd"] = "osd"
+    mode: Literal["off", "capture", "train"] = Field(description="of this service")
+    paused: str | None = Field(description="why the trainer rests, if it does")
+    spool: SpoolStatus | None = Field(description="null if this service keeps no conversations")
+    trainer_alive: bool = Field(description="has it reported lately?")
+    trainer: TrainerStatus | None = Field(description="its last report; null if there was none")
+
+
+class Deleted(BaseModel):
+    """What was deleted."""
+
+    object: Literal["spool.deleted"] = "spool.deleted"
+    deleted: int = Field(description="conversations")
 
 
 class Status(BaseModel):

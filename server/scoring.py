@@ -19,6 +19,7 @@ from drafts.scores import TokenScores
 from drafts.spans import Span, find_spans
 from drafts.text import EncodedText
 from server import metrics, schemas
+from server.capture import Capture
 from server.errors import ApiError, DeadlineExceeded, from_validation
 from server.judgement import judge
 from server.served import Served, told_to_clients
@@ -30,9 +31,10 @@ logger = logging.getLogger(__name__)
 class Scorer:
     """Scores validated requests with one engine."""
 
-    def __init__(self, served: Served, settings: Settings) -> None:
+    def __init__(self, served: Served, settings: Settings, capture: Capture | None = None) -> None:
         self.served = served
         self.settings = settings
+        self.capture = capture
 
     async def score(self, request: schemas.ScoreRequest) -> schemas.ScoreResponse:
         """Score one response within the deadline; `ApiError` says why it could not be."""
@@ -62,6 +64,8 @@ class Scorer:
             self.served, scores, [request.response[a:b] for a, b in offsets], request.asked
         )
         _observe(text, scores, sequence)
+        if self.capture is not None and request.store:
+            self.capture.offer(request.conversation, text.token_ids, text.response_start)
         return schemas.ScoreResponse(
             id=f"score-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -71,7 +75,7 @@ class Scorer:
             flagged=judgement.flagged(request.threshold),
             threshold=request.threshold,
             warnings=judgement.warnings,
-            calibration=self.served.calibrated_by(),
+            calibration=self.served.calibrated_by(scores.weights_version),
             sequence=sequence,
             tokens=_tokens(request.response, text, scores),
             spans=spans_out(request.response, spans),

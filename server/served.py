@@ -14,8 +14,11 @@ from drafts.text import TextEncoder, TextError, TooManyTokens
 from server import schemas
 from server.errors import ApiError, BadRequest, NotFound, NotReady, TooLarge
 
+# Of versions that may still have answers under way: those that serve, and some before.
+_CALIBRATIONS = 8
 
-@dataclass(frozen=True)
+
+@dataclass
 class Served:
     """The one ensemble of this service."""
 
@@ -23,7 +26,20 @@ class Served:
     engine: ServingEngine
     encoder: TextEncoder
     created: int = field(default_factory=lambda: int(time.time()))
+    # Of each version of the drafts; the one that the service began with stands for all others.
     calibration: Calibration | None = None
+    calibrations: dict[str, Calibration | None] = field(default_factory=dict)
+
+    def calibrate(self, weights_version: str, calibration: Calibration | None) -> None:
+        """From a version on, its calibration counts; None: it gives no probability."""
+        self.calibrations.pop(weights_version, None)
+        self.calibrations[weights_version] = calibration
+        while len(self.calibrations) > _CALIBRATIONS:
+            del self.calibrations[next(iter(self.calibrations))]
+
+    def calibration_of(self, weights_version: str) -> Calibration | None:
+        """What makes probabilities of what a version has measured."""
+        return self.calibrations.get(weights_version, self.calibration)
 
     def check_model(self, model: str | None) -> None:
         """Raise `NotFound` if a request names another model."""
@@ -42,15 +58,16 @@ class Served:
         """What produced an answer's numbers."""
         return schemas.Estimator(drafts=self.engine.n_drafts, weights_version=weights_version)
 
-    def calibrated_by(self) -> schemas.Calibration | None:
-        """What makes probabilities of measures, if anything does."""
-        if self.calibration is None:
+    def calibrated_by(self, weights_version: str) -> schemas.Calibration | None:
+        """The same, as it is answered."""
+        calibration = self.calibration_of(weights_version)
+        if calibration is None:
             return None
         return schemas.Calibration(
-            id=self.calibration.id,
-            kind=self.calibration.kind,
-            fitted_on=self.calibration.origin.names,
-            n=self.calibration.origin.n,
+            id=calibration.id,
+            kind=calibration.kind,
+            fitted_on=calibration.origin.names,
+            n=calibration.origin.n,
         )
 
 

@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from drafts.init import default_folder
 from drafts.launch import EngineConfig
+from drafts.shipped import REFERENCE_NAME
 
 
 class Settings(BaseSettings, EngineConfig):
@@ -52,6 +53,34 @@ class Settings(BaseSettings, EngineConfig):
     )
     request_timeout_s: float = Field(default=300.0, gt=0, description="an item's deadline")
     shutdown_grace_s: int = Field(default=30, ge=0, description="wait for requests under way")
+
+    osd: Literal["off", "capture", "train"] = Field(
+        default="off",
+        description="capture: keep conversations for distillation; train: and start the trainer",
+    )
+    osd_folder: Path = Field(
+        default_factory=lambda: default_folder().parent / "osd",
+        description="where the spool, the drafts store and the trainer's files are by default",
+    )
+    osd_config: Path | None = Field(default=None, description="YAML file of the trainer")
+    osd_corpus: Path | None = Field(
+        default=None, description="replay and reference set; default: `reference` of the ensemble"
+    )
+    spool: str | None = Field(default=None, description="path of the spool, or a redis:// URL")
+    spool_max_bytes: int = Field(default=256 * 2**20, gt=0, description="the oldest go beyond it")
+    spool_max_age_s: float = Field(
+        default=7 * 24 * 3600.0, gt=0, allow_inf_nan=False, description="older ones go"
+    )
+    spool_queue: int = Field(
+        default=10_000, gt=0, description="conversations that wait for the spool; then some drop"
+    )
+    drafts_store: str | None = Field(
+        default=None,
+        description="versions of the drafts, a folder or a URL; followed wherever it is set",
+    )
+    follow_every_s: float = Field(
+        default=5.0, gt=0, allow_inf_nan=False, description="how often the store is looked at"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -91,6 +120,23 @@ class Settings(BaseSettings, EngineConfig):
         if self.max_batch_items > self.max_pending:
             raise ValueError("max_batch_items is over max_pending: a full list would never fit")
         return self
+
+    @property
+    def store(self) -> str | None:
+        """Where versions of the drafts are; None if nothing is followed."""
+        if self.drafts_store is None and self.osd != "off":
+            return str(self.osd_folder.expanduser() / "drafts")
+        return self.drafts_store
+
+    @property
+    def spool_place(self) -> str:
+        """Where conversations go."""
+        return self.spool or str(self.osd_folder.expanduser() / "spool.sqlite")
+
+    @property
+    def corpus(self) -> Path:
+        """The target's own answers."""
+        return (self.osd_corpus or self.ensemble / REFERENCE_NAME).expanduser()
 
     def engine_config(self) -> EngineConfig:
         """The engine's part of the settings."""

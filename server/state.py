@@ -17,6 +17,7 @@ from drafts.text import TextEncoder
 from server import metrics
 from server.admission import Admission
 from server.generation import Generator
+from server.online import Online
 from server.scoring import Scorer
 from server.served import Served
 from server.settings import Settings
@@ -46,6 +47,7 @@ class Serving:
     served: Served
     scorer: Scorer
     generator: Generator
+    online: Online
 
 
 class State:
@@ -77,11 +79,20 @@ class State:
             self._fail(f"{type(error).__name__}: {error}", on_failure)
             return
         served = Served(name, engine, encoder, calibration=calibration)
+        try:
+            online = await asyncio.to_thread(Online, self.settings, served, self.admission)
+            await online.begin()
+        except DraftsError as error:
+            self._fail(str(error), on_failure)
+            await engine.shutdown()
+            return
+        capture = online.capture
         self.serving = Serving(
             settings=self.settings,
             served=served,
-            scorer=Scorer(served, self.settings),
-            generator=Generator(served, self.settings, self.admission),
+            scorer=Scorer(served, self.settings, capture),
+            generator=Generator(served, self.settings, self.admission, capture),
+            online=online,
         )
         if self._ending:
             return
@@ -123,4 +134,5 @@ class State:
             abandon_start()
             await asyncio.wait({self._starting}, timeout=_ABANDON_EVERY_S)
         if self.serving is not None:
+            await self.serving.online.end()
             await self.serving.served.engine.shutdown()

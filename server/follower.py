@@ -1,0 +1,108 @@
+"""Keeps the engine at the drafts store's current version. Several services may follow one store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from drafts.calibration import Calibration, load_calibration
+from drafts.errors import DraftsError, EngineNotReady
+from drafts.manifest import Ensemble
+from drafts.store import DraftsStore, Version
+from osd.publish import first_version, open_version
+from server import metrics
+from server.served import Served
+
+logger = logging.getLogger(__name__)
+
+_AGAIN_S = 60.0  # until a version that could not be used is tried again
+
+
+class Follower:
+    """Looks at the store, and swaps the engine's drafts when another version is current.
+
+    Args:
+        store: of the versions.
+        ensemble: what the service was started with; it becomes the first version of an empty store.
+        served: whose engine and calibration change.
+        work: folder for versions on this machine.
+    """
+
+    def __init__(self, store: DraftsStore, ensemble: Ensemble, served: Served, work: Path) -> None:
+        self.store = store
+        self._ensemble = ensemble
+        self._served = served
+        self._work = work
+        self._one_at_a_time = asyncio.Lock()
+        self._refused: tuple[str, float] = ("", 0.0)
+
+    async def look(self, *, again: bool = False) -> None:
+        """Serve with the current version, if that is another one.
+
+        Args:
+            again: try also what could not be used a moment ago.
+
+        Raises:
+            OSError, DraftsError: if the store cannot be read, or the version not be used; the
+                engine then serves on as it did.
+        """
+        async with self._one_at_a_time:
+            current = await asyncio.to_thread(first_version, self.store, self._ensemble, self._work)
+            metrics.CURRENT_VERSION.clear()
+            metrics.CURRENT_VERSION.labels(self._served.engine.weights_version).set(1)
+            if current.name == self._served.engine.weights_version:
+                return
+            name, until = self._refused
+            if name == current.name and time.monotonic() < until and not again:
+                return
+            try:
+                await self._serve(current)
+            except (OSError, DraftsError):
+                self._refused = (current.name, time.monotonic() + _AGAIN_S)
+                metrics.SWAPS.labels("failed").inc()
+                raise
+
+    async def _serve(self, version: Version) -> None:
+        started = time.monotonic()
+        opened, calibration = await asyncio.to_thread(self._open, version)
+        before = self._served.engine.weights_version
+        # Before the swap: from its first answer on, a version is judged by its own calibration.
+        self._served.calibrate(version.name, calibration)
+        await self._served.engine.swap(opened.folder, opened.target_path)
+        metrics.SWAPS.labels("ok").inc()
+        metrics.SWAP_SECONDS.observe(time.monotonic() - started)
+        metrics.CURRENT_VERSION.clear()
+        metrics.CURRENT_VERSION.labels(version.name).set(1)
+        logger.info("serving drafts %s, before %s", version.name, before)
+        await asyncio.to_thread(self._tidy, {version.name, before})
+
+    def _open(self, version: Version) -> tuple[Ensemble, Calibration | None]:
+        opened = open_version(self.store, version, self._ensemble, self._work)
+        return opened, load_calibration(opened.folder)
+
+    def _tidy(self, spared: set[str]) -> None:
+        """Remove this machine's copies of versions that the store no longer has."""
+        kept = {version.name for version in self.store.versions()} | spared
+        for folder in (self._work / "versions").iterdir():
+            if folder.name not in kept and ".partial" not in folder.name:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+async def follow(follower: Follower, every_s: float) -> None:
+    """Look again and again, until cancelled. What goes wrong is logged when it changes."""
+    problem = ""
+    while True:
+        try:
+            await follower.look()
+            problem = ""
+        except EngineNotReady as error:
+            logger.error("%s", error)
+            return
+        except (OSError, DraftsError) as error:
+            if str(error) != problem:
+                logger.error("the drafts store: %s; serving on with what serves", error)
+            problem = str(error)
+        await asyncio.sleep(every_s)

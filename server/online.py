@@ -1,0 +1,208 @@
+"""Online distillation in a running service: the spool, the store that is followed, the trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from drafts.errors import DraftsError
+from drafts.manifest import load_ensemble
+from drafts.store import DraftsStore
+from osd.control import STALE_S, Control, TrainerStatus
+from osd.errors import SpoolError
+from osd.pace import Load
+from osd.spool import Limits, Spool, open_spool
+from server import metrics, schemas
+from server.admission import Admission
+from server.capture import Capture
+from server.errors import BadRequest, NotFound, NotReady
+from server.follower import Follower, follow
+from server.served import Served
+from server.settings import Settings
+from server.trainer_process import keep_training
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_S = 5.0
+
+
+class Online:
+    """What of online distillation this service does: all of it, or parts, or nothing."""
+
+    def __init__(self, settings: Settings, served: Served, admission: Admission) -> None:
+        self.settings = settings
+        self._admission = admission
+        self._folder = settings.osd_folder.expanduser()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._spool: Spool | None = None
+        self._load: Load | None = None
+        self.capture: Capture | None = None
+        self.follower: Follower | None = None
+        self.control: Control | None = None
+        if settings.osd != "off":
+            self.capture = Capture(self._open_spool, settings.spool_queue)
+        if settings.store is not None:
+            store = DraftsStore(settings.store)
+            self.control = Control(store)
+            ensemble = load_ensemble(settings.ensemble)
+            self.follower = Follower(store, ensemble, served, self._folder / "served")
+
+    async def begin(self) -> None:
+        """Start all parts. A store or spool that is away does not keep the service from serving."""
+        if self.capture is not None:
+            self.capture.start()
+            self._load = Load(self._folder / "load")
+            self._admission.tell = self._load.tell
+        if self.follower is not None:
+            try:
+                await self.follower.look()
+            except (OSError, DraftsError) as error:
+                logger.error("the drafts store: %s; serving with the ensemble's own drafts", error)
+            every = self.settings.follow_every_s
+            self._tasks.append(asyncio.create_task(follow(self.follower, every)))
+            self._tasks.append(asyncio.create_task(self._observe(every)))
+        if self.settings.osd == "train":
+            self._tasks.append(asyncio.create_task(keep_training(self.settings)))
+
+    async def end(self) -> None:
+        """Stop all parts; what waits for the spool is written."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.capture is not None:
+            await asyncio.to_thread(self.capture.end, _FLUSH_S)
+        if self._load is not None:
+            self._admission.tell = None
+            self._load.close()
+        if self._spool is not None:
+            self._spool.close()
+
+    async def roll_back(self, version: str | None) -> None:
+        """Make a version current, the present one's parent if none is named, and serve with it."""
+        follower = self.follower
+        if follower is None:
+            raise BadRequest("this service follows no drafts store (osd is off)", code="osd_off")
+        with _told_to_clients():
+            await asyncio.to_thread(_make_current, follower.store, version)
+            await follower.look(again=True)
+
+    async def versions(self) -> list[schemas.DraftVersion] | None:
+        """The store's versions; None without a store."""
+        if self.follower is None:
+            return None
+        with _told_to_clients():
+            return await asyncio.to_thread(_versions, self.follower.store)
+
+    async def status(self) -> schemas.OsdStatus:
+        """Everything that is known of it."""
+        trainer, paused = None, None
+        if self.control is not None:
+            with _told_to_clients():
+                trainer = await asyncio.to_thread(self.control.status)
+                paused = await asyncio.to_thread(self.control.paused)
+        return schemas.OsdStatus(
+            mode=self.settings.osd,
+            paused=paused,
+            spool=await asyncio.to_thread(self._spool_status),
+            trainer_alive=_is_alive(trainer),
+            trainer=trainer,
+        )
+
+    async def pause(self, reason: str | None) -> None:
+        """Let the trainer rest, or go on if there is no reason not to."""
+        control = self.required_control()
+        with _told_to_clients():
+            if reason is None:
+                await asyncio.to_thread(control.resume)
+            else:
+                await asyncio.to_thread(control.pause, reason)
+
+    async def clear(self) -> int:
+        """Drop all conversations: those in the spool, and those on their way into it."""
+        if self.capture is None:
+            raise BadRequest("this service keeps no conversations (osd is off)", code="osd_off")
+        waiting = await asyncio.to_thread(self.capture.forget)
+        with _told_to_clients():
+            return waiting + await asyncio.to_thread(lambda: self._shared_spool().clear())
+
+    def required_control(self) -> Control:
+        """The trainer's control; `BadRequest` if nothing is followed here."""
+        if self.control is None:
+            raise BadRequest("this service follows no drafts store (osd is off)", code="osd_off")
+        return self.control
+
+    def _open_spool(self) -> Spool:
+        limits = Limits(self.settings.spool_max_bytes, self.settings.spool_max_age_s)
+        return open_spool(self.settings.spool_place, limits)
+
+    def _shared_spool(self) -> Spool:
+        """For status and clearing; the capture's thread has its own."""
+        if self._spool is None:
+            self._spool = self._open_spool()
+        return self._spool
+
+    def _spool_status(self) -> schemas.SpoolStatus | None:
+        if self.capture is None:
+            return None
+        texts, size, age, error = 0, 0, 0.0, self.capture.error
+        try:
+            texts, size, age = self._shared_spool().stats()
+        except SpoolError as failure:
+            error = str(failure)
+        return schemas.SpoolStatus(
+            texts=texts, bytes=size, oldest_age_s=age, queued=self.capture.queued, error=error
+        )
+
+    async def _observe(self, every_s: float) -> None:
+        while True:
+            with suppress(BadRequest, NotReady):
+                metrics.observe_osd(await self.status())
+            await asyncio.sleep(every_s)
+
+
+def _make_current(store: DraftsStore, name: str | None) -> None:
+    current = store.current()
+    name = name or current.parent
+    if name is None:
+        raise BadRequest(f"{current.name} has no parent to go back to", code="no_parent")
+    if name not in {version.name for version in store.versions()}:
+        raise NotFound(f"there is no version {name} in the store", param="version")
+    if name != current.name:
+        store.withdraw(current.name, f"taken back by request, for {name}")
+        store.make_current(name)
+        logger.warning("version %s is taken back by request, for %s", current.name, name)
+
+
+def _versions(store: DraftsStore) -> list[schemas.DraftVersion]:
+    current = store.current().name
+    return [
+        schemas.DraftVersion(
+            name=version.name,
+            parent=version.parent,
+            created=int(version.created),
+            current=version.name == current,
+            refused=[str(reason) for reason in version.about.get("refused", [])],
+            withdrawn=store.withdrawn(version.name),
+            measured={
+                name: version.about[name]
+                for name in ("reference", "traffic")
+                if isinstance(version.about.get(name), dict)
+            },
+        )
+        for version in store.versions()
+    ]
+
+
+def _is_alive(trainer: TrainerStatus | None) -> bool:
+    return trainer is not None and trainer.activity != "stopped" and trainer.age_s < STALE_S
+
+
+@contextmanager
+def _told_to_clients() -> Iterator[None]:
+    """A store or a spool that is away, as an `ApiError`."""
+    try:
+        yield
+    except (OSError, DraftsError, SpoolError) as error:
+        raise NotReady(str(error), retry_after_s=30) from error

@@ -1,0 +1,477 @@
+"""The online trainer on a tiny target: it follows traffic, once, whatever happens to it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from drafts.errors import ManifestError
+from drafts.manifest import load_ensemble
+from drafts.store import DraftsStore
+from osd import checkpoint
+from osd.corpus import Text
+from osd.errors import OsdError
+from osd.online import OnlineTrainer, run
+from osd.online_config import OnlineConfig
+from osd.shards import conversation_key, is_held_out, shard_of
+from osd.spool import open_spool
+from tests.online_world import EXIT, NEW, OLD, RESIDUAL, World, answers, make_world, online
+
+
+@pytest.fixture(scope="module", params=["exit", "residual"])
+def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp(request.param)
+    return make_world(folder, EXIT if request.param == "exit" else RESIDUAL)
+
+
+@pytest.fixture(scope="module")
+def exits(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("exits"), EXIT)
+
+
+@pytest.fixture(scope="module")
+def traffic(exits: World) -> list[Text]:
+    return answers(exits.target, NEW, 160, "new")
+
+
+def weights(trainer: OnlineTrainer) -> list[dict[str, torch.Tensor]]:
+    return [
+        {name: tensor.clone() for name, tensor in student.module.state_dict().items()}
+        for student in trainer.students
+    ]
+
+
+def rounds(trainer: OnlineTrainer, until: Any) -> None:
+    """Rounds until something holds; the store and the spool are looked at in each."""
+    for _ in range(300):
+        trainer._looked = float("-inf")
+        trainer.round()
+        if until():
+            return
+    raise AssertionError("300 rounds, and it did not come to that")
+
+
+def test_it_publishes_a_version_that_is_nearer_the_target_on_the_traffic(
+    world: World, tmp_path: Path
+) -> None:
+    here = world.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(answers(here.target, NEW, 160, "new"))
+        trainer = here.trainer(spool)
+        before = weights(trainer)
+        first = trainer.progress.base
+        assert first == load_ensemble(here.places.ensemble).manifest.weights_version
+        rounds(trainer, lambda: trainer.progress.published)
+        assert any(
+            not torch.equal(tensor, after[name])
+            for student, after in zip(before, weights(trainer), strict=True)
+            for name, tensor in student.items()
+        )
+    store = DraftsStore(here.places.store)
+    version = store.current()
+    assert version.parent == first
+    assert version.name == trainer.progress.base != first
+    assert version.about["refused"] == []
+    kl, was = (version.about[k]["kl_mixture"] for k in ("traffic", "serving, on traffic"))
+    assert kl < was
+    status = trainer.control.status()
+    assert status is not None
+    assert status.published == 1
+    assert status.last_verdict is not None
+    assert (status.last_verdict.version, status.last_verdict.verdict) == (version.name, "published")
+    # What was published is an ensemble that serves, with drafts of the same shape.
+    folder = store.fetch(version, tmp_path / "fetched")
+    published = load_ensemble(folder)
+    original = load_ensemble(here.places.ensemble)
+    assert [m.draft.name for m in published.members] == [m.draft.name for m in original.members]
+    assert published.target_path == original.target_path
+
+
+def test_each_text_is_learned_from_by_one_draft_and_held_out_ones_by_none(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool, publish_every=10_000, replay=0.0, texts=2)
+        seen: list[list[Text]] = [[], []]
+        lesson = trainer._lesson
+
+        def watched(number: int, index: int, texts: list[Text]) -> Any:
+            seen[number] += texts
+            return lesson(number, index, texts)
+
+        trainer._lesson = watched  # type: ignore[method-assign]
+        rounds(trainer, lambda: trainer._next() == "waiting")
+    for number, texts in enumerate(seen):
+        own = [
+            text
+            for text in traffic
+            if shard_of(text.key, 2) == number and not is_held_out(text.key, 4)
+        ]
+        assert texts == own[: len(own) // 2 * 2]  # the last one waits for a second
+        assert trainer.progress.texts[number] == len(texts)
+    held_out = [text for text in traffic if is_held_out(text.key, 4)]
+    assert trainer.traffic.held_out_after() == held_out[-12:]
+
+
+def test_without_ddd_every_draft_learns_from_everything(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic[:40])
+        trainer = here.trainer(spool, publish_every=10_000, replay=0.0, texts=1, diverse=False)
+        rounds(trainer, lambda: trainer._next() == "waiting")
+    learned = sum(not is_held_out(text.key, 4) for text in traffic[:40])
+    assert trainer.progress.texts == [learned, learned]
+
+
+_KILLED = """
+import sys, threading
+from pathlib import Path
+from osd.online import Places, run
+from tests.online_world import online
+paths = [Path(argument) for argument in sys.argv[1:]]
+places = Places(paths[0], str(paths[1]), str(paths[2]), *paths[3:])
+run(online(publish_every=10_000, checkpoint_every=3), places, threading.Event())
+"""
+
+
+def test_killed_at_any_line_it_comes_to_the_same_weights(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    changes = {"publish_every": 10_000, "checkpoint_every": 3}
+    whole, cut = exits.beside(tmp_path / "whole"), exits.beside(tmp_path / "cut")
+    for here in (whole, cut):
+        with here.spool() as spool:
+            spool.append(traffic)
+    with whole.spool() as spool:
+        expected = whole.trainer(spool, **changes)
+        rounds(expected, lambda: expected._next() == "waiting")
+
+    places = cut.places
+    arguments = [places.ensemble, places.store, places.spool, places.folder, places.corpus]
+    rng = random.Random(1)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _KILLED, *map(str, arguments), str(places.load)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
+        earlier = set(places.folder.glob("checkpoint-*"))
+        deadline = time.monotonic() + 120
+        while not set(places.folder.glob("checkpoint-*")) - earlier:
+            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            if time.monotonic() > deadline:
+                break  # it had come to the end before
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        if len(earlier) and not set(places.folder.glob("checkpoint-*")) - earlier:
+            break
+    with cut.spool() as spool:
+        after = cut.trainer(spool, **changes)
+        resumed_at = after.progress.step
+        rounds(after, lambda: after._next() == "waiting")
+    assert resumed_at > 0
+    assert after.progress.texts == expected.progress.texts
+    assert after.progress.positions == expected.progress.positions
+    assert after.progress.steps == expected.progress.steps
+    for one, other in zip(weights(after), weights(expected), strict=True):
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_killed_between_a_version_and_its_checkpoint_it_learns_nothing_twice(
+    exits: World, tmp_path: Path, traffic: list[Text], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool, checkpoint_every=10_000)
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(trainer, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rounds(trainer, lambda: False)
+        version = DraftsStore(here.places.store).current()
+        assert version.about["progress"]["published"] == 1
+        again = here.trainer(spool)
+        assert again.progress.base == version.name
+        assert again.progress.positions == trainer.traffic.positions
+        assert again.progress.texts == trainer.progress.texts
+        assert again.progress.published == 1
+
+
+def degenerate(count: int, kind: str) -> list[Text]:
+    """What floods a service: one token repeated, or random ones."""
+    rng = random.Random(kind)
+    texts = []
+    for number in range(count):
+        tokens = [rng.randrange(320) for _ in range(20)]
+        if kind == "repeated":
+            tokens = [rng.randrange(320)] * 20
+        key = conversation_key(prompt=f"{kind} {number}")
+        texts.append(Text(key=key, response_start=2, token_ids=tokens))
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["repeated", "random"])
+def test_no_version_that_poison_made_worse_goes_live(
+    exits: World, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(degenerate(240, kind))
+        gate = {"reference_margin": 0.02, "jsd_floor": 0.5}
+        trainer = here.trainer(spool, learning_rate=3e-2, replay=0.0, gate=gate)
+        first, clean = trainer.progress.base, weights(trainer)
+        rounds(trainer, lambda: trainer.progress.refused or trainer.progress.published)
+        assert trainer.progress.refused == 1
+        # It goes on from what serves, more carefully, and behind what it has read.
+        assert trainer.progress.base == first
+        assert trainer.progress.rate == 0.5
+        assert sum(trainer.progress.texts) > 0
+        for one, other in zip(weights(trainer), clean, strict=True):
+            assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    store = DraftsStore(here.places.store)
+    assert store.current().name == first
+    [refused] = [version for version in store.versions() if version.name != first]
+    reasons = refused.about["refused"]
+    assert any("reference set" in reason for reason in reasons)
+    assert f"version {refused.name} is refused: {reasons[0]}" in caplog.text
+
+
+def test_a_version_that_does_worse_than_its_parent_is_taken_back(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        trainer = here.trainer(spool, replay=0.0)
+        good = trainer.progress.base
+        # A version that a gate should not have let through.
+        with torch.no_grad():
+            for student in trainer.students:
+                for parameter in student.module.parameters():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        spool.append(traffic[:60])
+        trainer.traffic.pull()
+        lenient = online(gate={"kl_margin": 100, "reference_margin": 100, "jsd_floor": 0})
+        trainer.reviewer._config = lenient
+        trainer.judge()
+        bad = trainer.progress.base
+        assert bad != good
+        rounds(trainer, lambda: trainer._next() == "waiting" or trainer.progress.taken_back)
+        assert trainer.progress.taken_back == 0  # nothing has come since
+        spool.append(traffic[60:])
+        rounds(trainer, lambda: trainer.progress.taken_back)
+        assert trainer.progress.base == good
+    store = DraftsStore(here.places.store)
+    assert store.current().name == good
+    assert "on traffic since it serves" in (store.withdrawn(bad) or "")
+    verdict = trainer.progress.last_verdict
+    assert verdict is not None
+    assert (verdict.version, verdict.verdict) == (bad, "taken back")
+
+
+def test_it_goes_on_from_the_version_that_somebody_chose(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool)
+        first, start = trainer.progress.base, weights(trainer)
+        rounds(trainer, lambda: trainer.progress.published)
+        learned = list(trainer.progress.texts)
+        trainer.store.rollback()
+        trainer._follow_store()
+        assert trainer.progress.base == first
+        for one, other in zip(weights(trainer), start, strict=True):
+            assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        assert trainer.progress.texts == learned  # and what was read stays read
+        assert trainer.traffic.positions == trainer.progress.positions
+
+
+def test_a_damaged_checkpoint_costs_time_and_no_text(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool, publish_every=10_000)
+        rounds(trainer, lambda: trainer.progress.step >= 10)
+        before = sorted(here.places.folder.glob("checkpoint-*"))
+        assert len(before) == 2
+        file = before[-1] / "student-1.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+        again = here.trainer(spool, publish_every=10_000)
+        assert again.progress.step == 4
+        rounds(again, lambda: again._next() == "waiting")
+        rounds(trainer, lambda: trainer._next() == "waiting")
+        assert again.progress.texts == trainer.progress.texts
+        for one, other in zip(weights(again), weights(trainer), strict=True):
+            assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_full_disk_stops_it_until_there_is_room(
+    exits: World, tmp_path: Path, traffic: list[Text], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = exits.beside(tmp_path)
+    monkeypatch.setattr("osd.online._STUCK_S", (0.01,))
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool, publish_every=10_000)
+        real, failures, seen = checkpoint.save, [0], []
+
+        def full(*arguments: Any) -> Path:
+            failures[0] += 1
+            if failures[0] <= 3:
+                raise OSError(28, "No space left on device")
+            status = trainer.control.status()
+            seen.append(status.activity if status else None)
+            return real(*arguments)
+
+        monkeypatch.setattr(checkpoint, "save", full)
+        stop = threading.Event()
+        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,))
+        thread.start()
+        while not trainer.progress.step or trainer._next() != "waiting" or failures[0] < 4:
+            time.sleep(0.05)
+        stop.set()
+        thread.join()
+        assert failures[0] > 3
+        assert "stuck" in seen
+        again = here.trainer(spool, publish_every=10_000)
+        assert again.progress.texts == trainer.progress.texts
+
+
+def test_it_rests_while_it_is_paused(exits: World, tmp_path: Path, traffic: list[Text]) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool)
+        trainer.control.pause("by a test")
+        assert trainer.round() == "paused"
+        step = trainer.progress.step
+        trainer._looked = float("-inf")
+        assert trainer.round() == "paused"
+        assert trainer.progress.step == step == 0
+        trainer.control.resume()
+        trainer._looked = float("-inf")
+        assert trainer.round() == "training"
+        assert trainer.progress.step == 1
+
+
+def test_texts_that_nothing_can_be_learned_from_do_no_harm(exits: World, tmp_path: Path) -> None:
+    here = exits.beside(tmp_path)
+    keys = [str(number) for number in range(400)]
+    texts = [
+        Text(key=conversation_key(prompt=key), response_start=1, token_ids=[1, 5000])
+        for key in keys[:100]
+    ]
+    texts += [
+        Text(key=conversation_key(prompt=key), response_start=450, token_ids=[1] * 460)
+        for key in keys[100:200]
+    ]
+    with here.spool() as spool:
+        spool.append(texts)
+        trainer = here.trainer(spool, replay=0.0)
+        before = weights(trainer)
+        rounds(trainer, lambda: trainer._next() == "waiting")
+        for one, other in zip(weights(trainer), before, strict=True):
+            assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        assert trainer.progress.published == 0
+
+
+def test_a_student_that_goes_on_is_the_one_that_was_written(world: World, tmp_path: Path) -> None:
+    from osd.publish import write_version
+
+    here = world.beside(tmp_path)
+    with here.spool() as spool:
+        trainer = here.trainer(spool)
+    ensemble = load_ensemble(here.places.ensemble)
+    name = write_version(ensemble, trainer.students, tmp_path / "again", "same")
+    assert name.startswith("same-")
+    for member in ensemble.members:
+        written = load_file(tmp_path / "again" / member.path.name / "model.safetensors")
+        for key, tensor in load_file(member.path / "model.safetensors").items():
+            assert torch.equal(written[key], tensor)
+
+
+def test_weights_in_bfloat16_are_published_in_bfloat16(world: World, tmp_path: Path) -> None:
+    from osd.publish import stage, write_version
+
+    ensemble = load_ensemble(world.places.ensemble)
+    stage(ensemble, tmp_path / "narrow")
+    for file in (tmp_path / "narrow").rglob("*.safetensors"):
+        save_file({k: t.bfloat16() for k, t in load_file(file).items()}, file)
+    narrow = load_ensemble(tmp_path / "narrow")
+    here = world.beside(tmp_path)
+    with here.spool() as spool:
+        trainer = here.trainer(spool)
+    write_version(narrow, trainer.students, tmp_path / "version", "v")
+    for file in (tmp_path / "version").rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_two_trainers_do_not_share_a_folder(exits: World, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    here = exits.beside(tmp_path)
+    here.places.folder.mkdir(parents=True)
+    with (
+        FileLock(here.places.folder / ".lock"),
+        pytest.raises(OsdError, match="another `demur osd` is at work"),
+    ):
+        run(online(), here.places, threading.Event())
+
+
+def test_a_store_of_another_ensemble_is_refused(exits: World, tmp_path: Path) -> None:
+    other = make_world(tmp_path / "other", EXIT | {"own_layers": 2}, steps=1)
+    here = exits.beside(tmp_path)
+    DraftsStore(here.places.store).publish(other.places.ensemble, about={})
+    with here.spool() as spool, pytest.raises(ManifestError, match="differs from the one"):
+        here.trainer(spool)
+
+
+def test_the_defaults_are_a_configuration() -> None:
+    assert OnlineConfig().replayed == 1
+    with pytest.raises(ValueError, match="leaves no text"):
+        OnlineConfig(replay=0.9)
+    with pytest.raises(ValueError, match="over held_out_texts"):
+        OnlineConfig(least_held_out=50)
+
+
+def test_the_corpus_and_the_traffic_share_their_hash() -> None:
+    """What trains on traffic must not be what was held out of it: the bits are independent."""
+    keys = [conversation_key(prompt=str(number)) for number in range(4000)]
+    for shard in range(4):
+        own = [key for key in keys if shard_of(key, 4) == shard]
+        share = sum(is_held_out(key, 8) for key in own) / len(own)
+        assert 0.08 < share < 0.17
+
+
+def test_traffic_of_the_old_kind_is_not_refused_for_being_old(exits: World, tmp_path: Path) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(answers(exits.target, OLD, 160, "more"))
+        trainer = here.trainer(spool, learning_rate=1e-3)
+        rounds(trainer, lambda: trainer.progress.refused or trainer.progress.published)
+        assert trainer.progress.published == 1, trainer.progress.last_verdict
+    assert open_spool(here.places.spool).stats().texts == 160
