@@ -46,6 +46,7 @@ class Capture:
         self._known: OrderedDict[int, None] = OrderedDict()
         self._writing = threading.Lock()
         self._forgotten = 0  # how often what waited was dropped
+        self._came = threading.Event()
         self._ending = threading.Event()
         self._end_by = float("inf")
         self._thread = threading.Thread(target=self._run, name="demur-capture", daemon=True)
@@ -67,6 +68,7 @@ class Capture:
             )
         except queue.Full:
             metrics.CAPTURED.labels("dropped").inc()
+        self._came.set()
 
     @property
     def queued(self) -> int:
@@ -146,10 +148,11 @@ class Capture:
 
     def _next(self) -> _Batch:
         """What waits, at most so much; waits a moment if nothing does."""
-        forgotten = self._forgotten
+        self._came.wait(_LOOK_EVERY_S)
+        self._came.clear()
         texts: list[Text] = []
-        with suppress(queue.Empty):
-            texts.append(self._queue.get(timeout=_LOOK_EVERY_S))
-            while len(texts) < _AT_ONCE:
-                texts.append(self._queue.get_nowait())
-        return _Batch(texts, uuid.uuid4().hex, forgotten)
+        with self._writing:  # so that `forget` finds a text in the queue, or in a batch of before
+            with suppress(queue.Empty):
+                while len(texts) < _AT_ONCE:
+                    texts.append(self._queue.get_nowait())
+            return _Batch(texts, uuid.uuid4().hex, self._forgotten)

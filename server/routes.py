@@ -60,6 +60,7 @@ async def model(model: str, serving: Annotated[Serving, Depends(serving)]) -> sc
 
 
 def _model(served: Served) -> schemas.Model:
+    calibration = served.calibration_of(served.engine.weights_version)
     return schemas.Model(
         id=served.name,
         created=served.created,
@@ -67,7 +68,7 @@ def _model(served: Served) -> schemas.Model:
         drafts=served.engine.n_drafts,
         weights_version=served.engine.weights_version,
         added_passes=round(served.engine.added_passes, 4),
-        calibration=None if served.calibration is None else served.calibration.id,
+        calibration=None if calibration is None else calibration.id,
     )
 
 

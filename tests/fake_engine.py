@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from drafts.errors import EngineNotReady, NonFiniteError
-from drafts.manifest import ExitDraft, Manifest, ResidualDraft, Source
+from drafts.errors import EngineNotReady, NonFiniteError, WeightsError
+from drafts.manifest import ExitDraft, Manifest, ResidualDraft, Source, read_manifest
 from drafts.scores import Generated, Sampling, TokenScores
 
 END = 1  # id of the end-of-text token
@@ -22,6 +23,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.alive = True
         self.broken_numbers = False
+        self.refuses_swaps = False
         self.calls = 0
         self.cancelled = 0
         self.running = 0
@@ -73,6 +75,12 @@ class FakeEngine:
             yield Generated(ids, scores, likeliest, reason, self.weights_version)
             if reason:
                 return
+
+    async def swap(self, folder: Path, target_path: Path | None = None) -> None:
+        if self.refuses_swaps:
+            raise WeightsError("draft 'early': tensors are missing")
+        self.manifest = read_manifest(folder)
+        self.weights_version = self.manifest.weights_version
 
     async def check_health(self) -> None:
         if not self.alive:

@@ -37,10 +37,11 @@ OLD, NEW = range(160), range(160, 320)  # tokens of prompts
 
 @dataclass(frozen=True)
 class World:
-    """What a trainer is given."""
+    """What a trainer is given; `kind` is of its drafts."""
 
     places: Places
     target: Path
+    kind: str
 
     def trainer(self, spool: Spool, **changes: Any) -> OnlineTrainer:
         return OnlineTrainer(online(**changes), self.places, spool)
@@ -115,7 +116,7 @@ def make_world(folder: Path, drafts: dict[str, Any], steps: int = 60) -> World:
         corpus=folder / "corpus",
         load=folder / "load",
     )
-    return World(places, target)
+    return World(places, target, str(drafts["kind"]))
 
 
 def answers(target: Path, tokens: Sequence[int], count: int, name: str) -> list[Text]:

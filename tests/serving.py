@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from prometheus_client import REGISTRY
 
 from tests.tiny import mixed_ensemble
 
@@ -85,3 +86,8 @@ def gauge(url: str, name: str) -> float:
     values = [line.split()[-1] for line in lines if line.split("{")[0].split(" ")[0] == name]
     assert values, f"no metric {name}"
     return sum(map(float, values))
+
+
+def gauge_of(name: str, **labels: str) -> float:
+    """The value of a metric of this process."""
+    return REGISTRY.get_sample_value(name, labels) or 0.0
