@@ -75,6 +75,11 @@ drafts: setup
 	@$(BIN)/demur distill benchmarks/drafts/exit.yaml
 	@for kind in residual exit; do $(BIN)/python -m drafts.shipped --draws 1 \
 		$(HOME)/.cache/demur/runs/$$kind/ensemble drafts/trained/$$kind || exit 1; done
+	@$(BIN)/demur synthesize --general --max-new-tokens 160 --out $(HOME)/.cache/demur/reference
+	@cp $(HOME)/.cache/demur/reference/*.jsonl drafts/trained/reference
+	@# Weights that another machine unpacks may differ in a last bit.
+	@grep -v target_sha256 $(HOME)/.cache/demur/reference/corpus.json \
+		> drafts/trained/reference/corpus.json
 
 openapi: setup
 	@$(BIN)/python -m server.openapi > docs/openapi.json

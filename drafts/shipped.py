@@ -51,6 +51,12 @@ def add_shipped(shipped: Path, folder: Path) -> None:
     for name in (MANIFEST_NAME, CALIBRATION_NAME):
         if (shipped / name).exists():
             shutil.copy(shipped / name, folder)
+    add_reference(folder)
+
+
+def add_reference(folder: Path) -> None:
+    """Put the target's own answers, which online distillation starts from, into an ensemble."""
+    shutil.copytree(SHIPPED / REFERENCE_NAME, folder / REFERENCE_NAME)
 
 
 def ship(ensemble: Ensemble, out: Path, rank: int, name: str, draws: int | None = None) -> None:

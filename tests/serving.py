@@ -40,15 +40,22 @@ def demur(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def serving(place: Path) -> Iterator[Running]:
-    """A service, killed at the end if it still runs; it answers while it starts."""
-    folder = mixed_ensemble(place / "ensemble")
+def serving(place: Path, folder: Path | None = None, **settings: str) -> Iterator[Running]:
+    """A service, killed at the end if it still runs; it answers while it starts.
+
+    Args:
+        folder: of the ensemble; by default one with drafts of all kinds is made.
+        settings: without their prefix.
+    """
+    folder = folder or mixed_ensemble(place / "ensemble")
+    place.mkdir(parents=True, exist_ok=True)
     log = place / "log"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | ENVIRONMENT | {"DEMUR_ENSEMBLE": str(folder)}
-    with log.open("wb") as out:
+    environment |= {f"DEMUR_{name.upper()}": value for name, value in settings.items()}
+    with log.open("ab") as out:
         process = subprocess.Popen(
             demur("serve", "--port", str(port)), env=environment, stdout=out, stderr=out
         )
