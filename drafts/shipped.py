@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from drafts.calibration import CALIBRATION_NAME
 from drafts.errors import ManifestError
 from drafts.exits import apply_delta, copy_exit, split_delta
+from drafts.labelled import TEXTS_NAME
 from drafts.manifest import MANIFEST_NAME, Ensemble, ExitDraft, ResidualDraft, load_ensemble
 from drafts.weights import open_to_readers
 
@@ -51,12 +52,20 @@ def add_shipped(shipped: Path, folder: Path) -> None:
     for name in (MANIFEST_NAME, CALIBRATION_NAME):
         if (shipped / name).exists():
             shutil.copy(shipped / name, folder)
-    add_reference(folder)
+    add_texts(shipped, folder)
 
 
-def add_reference(folder: Path) -> None:
-    """Put the target's own answers, which online distillation starts from, into an ensemble."""
-    shutil.copytree(SHIPPED / REFERENCE_NAME, folder / REFERENCE_NAME)
+def add_texts(shipped: Path, folder: Path) -> None:
+    """Put what online distillation starts from into an ensemble, if it is not there.
+
+    That is the target's own answers, and those that the calibration was fitted to, if the folder
+    has that calibration.
+    """
+    if not (folder / REFERENCE_NAME).exists():
+        shutil.copytree(SHIPPED / REFERENCE_NAME, folder / REFERENCE_NAME)
+    own, ours = folder / CALIBRATION_NAME, shipped / CALIBRATION_NAME
+    if ours.exists() and own.exists() and own.read_bytes() == ours.read_bytes():
+        shutil.copy(shipped / TEXTS_NAME, folder)
 
 
 def ship(ensemble: Ensemble, out: Path, rank: int, name: str, draws: int | None = None) -> None:

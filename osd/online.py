@@ -263,6 +263,7 @@ class OnlineTrainer:
             "traffic": review.candidate.traffic._asdict(),
             "serving, on traffic": review.serving.traffic._asdict(),
             "first, on traffic": review.first.traffic._asdict(),
+            "calibration": review.calibration,
             "progress": after.model_dump(mode="json"),
         }
         self._publish(folder, name, about, make_current=not review.reasons)
@@ -272,6 +273,7 @@ class OnlineTrainer:
         else:
             before, now = review.serving.traffic.kl_mixture, review.candidate.traffic.kl_mixture
             logger.info("version %s goes live: KL on traffic %.4f, was %.4f", name, now, before)
+            logger.info("its calibration: %s", review.calibration)
             self.progress = after
         self.save()
         self.store.prune(self.config.keep_versions, [after.first, after.base])

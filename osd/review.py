@@ -18,6 +18,7 @@ from osd.gate import Measured
 from osd.online_config import OnlineConfig
 from osd.precision import bfloat16_products
 from osd.publish import open_version
+from osd.recalibrate import Recalibrator
 from osd.schedule import derived_seed
 from osd.states import KeptStates, States
 from osd.students import Trainee
@@ -34,13 +35,14 @@ class Review(NamedTuple):
     candidate: Measured
     serving: Measured
     first: Measured
+    calibration: str  # what became of it
 
 
 class Reviewer:
     """A reference set that never changes, and versions that are measured on it and on traffic.
 
     Args:
-        fresh: states of traffic.
+        fresh: states of texts that are seen once.
         reference: texts that no draft learns from; their states are kept in `work`.
         work: this trainer's folder.
     """
@@ -70,11 +72,14 @@ class Reviewer:
             seed=config.seed,
             folder=work,
         )
+        self._recalibrator = Recalibrator(ensemble, teacher, fresh)
         self._reference = self._set(kept, reference, config.reference_draws)
         self._on_reference: dict[str, Agreement] = {}  # it never changes, nor does a version
 
     def review(self, folder: Path, texts: list[Text], *, serving: str, first: str) -> Review:
-        """Judge the version in a folder: what is judged is what was written, not what is in memory.
+        """Judge the version in a folder, and write its calibration beside it if it may go live.
+
+        What is judged is what was written, not what is in memory.
 
         Args:
             texts: of the traffic, which no draft has learned from.
@@ -85,10 +90,15 @@ class Reviewer:
         candidate = students_of(written, self._config, self._teacher)
         traffic = self._traffic(texts)
         new = Measured(self._measure(self._reference, candidate), self._measure(traffic, candidate))
-        reasons = gate.check_weights(candidate, self._students(first), self._config.gate)
+        began = self._students(first)
+        reasons = gate.check_weights(candidate, began, self._config.gate)
         old = {name: self._measured(name, traffic) for name in {serving, first}}
         reasons += gate.judge(new, old[serving], old[first], self._config.gate)
-        return Review(reasons, new, old[serving], old[first])
+        calibration = "not checked: the version is refused"
+        if not reasons:
+            name = written.manifest.weights_version
+            calibration = self._recalibrator.calibrate(folder, name, candidate, began)
+        return Review(reasons, new, old[serving], old[first], calibration)
 
     def watch(
         self, texts: list[Text], *, serving: str, parent: str

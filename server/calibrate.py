@@ -64,6 +64,7 @@ def calibrate(
     from drafts.calibration import CALIBRATION_NAME, save_calibration
     from drafts.calibration_fit import fit
     from drafts.calibration_parts import Origin
+    from drafts.labelled import TEXTS_NAME, write_texts
     from server.labelled_runs import read_runs
 
     names = feature or list(LOGISTIC if kind == "logistic" else ISOTONIC)
@@ -89,12 +90,14 @@ def calibrate(
             labelled.scores, labelled.claims, labelled.wrong, labelled.groups, names, kind, origin
         )
         save_calibration(calibration, out)
+        write_texts(labelled.texts, out.parent)
         _judge_unseen(calibration, labelled, runs)
     except (DraftsError, ValueError, OSError) as error:
         typer.echo(f"demur: {error}", err=True)
         raise typer.Exit(1) from error
     _report(calibration, labelled)
     typer.echo(f"wrote {out}, id {calibration.id}; restart the service to load it")
+    typer.echo(f"and the answers beside it, {TEXTS_NAME}: demur osd checks it with them")
 
 
 def _judge_unseen(calibration: Calibration, labelled: Labelled, runs: list[Path]) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from drafts.calibration_parts import FittedTask, Name
 from drafts.errors import CalibrationError
 from drafts.features import Claim, claim_of
+from drafts.labelled import LabelledText
 from drafts.scores import TokenScores
 
 Half = Literal["dev", "all"]
@@ -91,6 +92,7 @@ class Labelled:
     wrong: list[bool] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     tasks: list[tuple[str, str]] = field(default_factory=list)  # with the mode of the run
+    texts: list[LabelledText] = field(default_factory=list)
     n_without: int = 0  # lines without an answer's tokens
     unseen: list[Unseen] = field(default_factory=list)  # answers of the other half
 
@@ -140,6 +142,16 @@ def read_runs(folders: Sequence[Path], half: Half) -> Labelled:
             found.wrong.append(not line.correct)
             found.groups.append(line.group)
             found.tasks.append((line.task, run.mode))
+            found.texts.append(
+                LabelledText(
+                    prompt=line.prompt,
+                    response="".join(line.tokens.text),
+                    wrong=not line.correct,
+                    group=line.group,
+                    task=line.task,
+                    mode=run.mode,
+                )
+            )
     if found is None:
         raise CalibrationError(f"{', '.join(map(str, folders))}: no answers; let demur eval finish")
     if not found.scores:

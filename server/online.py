@@ -185,6 +185,7 @@ def _versions(store: DraftsStore) -> list[schemas.DraftVersion]:
             current=version.name == current,
             refused=[str(reason) for reason in version.about.get("refused", [])],
             withdrawn=store.withdrawn(version.name),
+            calibration=version.about.get("calibration"),
             measured={
                 name: version.about[name]
                 for name in ("reference", "traffic")

@@ -308,6 +308,7 @@ class DraftVersion(BaseModel):
     current: bool = Field(description="the one that services of this store are to serve with")
     refused: list[str] = Field(description="why it did not go live")
     withdrawn: str | None = Field(description="why it was taken back, if it was")
+    calibration: str | None = Field(description="what became of it; null if nothing was checked")
     measured: dict[str, dict[str, float]] = Field(
         description="nats, on the reference set and on held-out traffic, when it was made"
     )

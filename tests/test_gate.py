@@ -1,0 +1,155 @@
+"""The gate's rules, and the trainer's pace."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from osd import gate
+from osd.evaluate import Agreement
+from osd.gate import Measured
+from osd.online_config import GateConfig
+from osd.pace import Load, Pace, is_busy
+
+GOOD = Agreement(
+    kl_drafts=0.3, kl_mixture=0.10, jsd=0.12, epistemic=0.16, reference=0.15, rmse=0.05
+)
+CONFIG = GateConfig(kl_margin=0.01, reference_margin=0.05, jsd_floor=0.8, watch_margin=0.02)
+
+
+def judge(**changes: Any) -> list[str]:
+    """Of a version that differs from what serves as said, on one of the sets."""
+    on = changes.pop("on")
+    new = GOOD._replace(**changes)
+    candidate = Measured(new, GOOD) if on == "reference" else Measured(GOOD, new)
+    return gate.judge(candidate, Measured(GOOD, GOOD), Measured(GOOD, GOOD), CONFIG)
+
+
+def test_a_version_that_is_no_worse_may_go_live() -> None:
+    same = Measured(GOOD, GOOD)
+    assert gate.judge(same, same, same, CONFIG) == []
+    assert judge(on="traffic", kl_mixture=0.05, jsd=0.2) == []
+    # Agreement with the target beyond what serves is what all of it is for, EU* is no bound on it.
+    assert judge(on="reference", kl_mixture=0.02, rmse=0.01) == []
+
+
+@pytest.mark.parametrize(
+    ("on", "change", "says"),
+    [
+        ("traffic", {"kl_mixture": 0.102}, "KL to the posterior mean on held-out traffic is 0.102"),
+        ("reference", {"kl_mixture": 0.106}, "KL to the posterior mean on the reference set"),
+        ("reference", {"rmse": 0.053}, r"RMSE against EU\* on the reference set is 0.053"),
+        ("reference", {"jsd": 0.09}, "JSD of the drafts on the reference set is 0.09"),
+        ("traffic", {"jsd": 0.09}, "JSD of the drafts on held-out traffic is 0.09"),
+    ],
+)
+def test_a_version_that_is_worse_is_refused_with_the_reason(
+    on: str, change: dict[str, float], says: str
+) -> None:
+    [reason] = judge(on=on, **change)
+    assert re.match(says, reason)
+
+
+@given(
+    on=st.sampled_from(["traffic", "reference"]),
+    field=st.sampled_from(["kl_mixture", "jsd", "rmse"]),
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+)
+def test_no_version_with_nan_goes_live(on: str, field: str, value: float) -> None:
+    reasons = judge(on=on, **{field: value})
+    harmless = (on == "traffic" and field == "rmse") or (
+        # Impossible values that are "better" than any bound are still no reason to trust it, but
+        # cannot come of finite weights.
+        value == (math.inf if field == "jsd" else -math.inf)
+    )
+    assert harmless or reasons
+
+
+def test_disagreement_beyond_what_the_posterior_has_may_go() -> None:
+    wild = GOOD._replace(jsd=1.0)
+    candidate, first = Measured(GOOD, GOOD), Measured(wild, wild)
+    assert gate.judge(candidate, first, first, CONFIG) == []
+    collapsed = Measured(GOOD._replace(jsd=0.11), GOOD)
+    [reason] = gate.judge(collapsed, first, first, CONFIG)  # 80% of EU*, 0.15, are 0.12
+    assert "under 0.12" in reason
+
+
+def test_a_version_is_taken_back_for_its_parents_sake() -> None:
+    parent = GOOD._replace(kl_mixture=0.1)
+    assert gate.watch(GOOD._replace(kl_mixture=0.1019), parent, CONFIG) is None
+    assert "0.103" in (gate.watch(GOOD._replace(kl_mixture=0.103), parent, CONFIG) or "")
+    assert gate.watch(GOOD._replace(kl_mixture=math.nan), parent, CONFIG) is not None
+
+
+class _Student:
+    def __init__(self, scale: float = 1.0) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Linear(4, 4)
+        with torch.no_grad():
+            self.module.weight.mul_(scale)
+            self.module.bias.zero_()
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [(1.0, None), (1.9, None), (2.1, "norm of weight"), (0.4, "norm"), (math.nan, "holds NaN")],
+)
+def test_weights_that_ran_away_are_refused(scale: float, says: str | None) -> None:
+    reasons = gate.check_weights([_Student(scale)], [_Student()], CONFIG)  # type: ignore[list-item]
+    assert (says is None and not reasons) or (says is not None and says in reasons[0])
+
+
+def test_the_pace_rests_as_its_share_says() -> None:
+    stop = threading.Event()
+    pace = Pace(share=0.5, busy_share=0.1, busy=lambda: False)
+    pace.worked(0.2)
+    started = time.monotonic()
+    pace.rest(stop)
+    assert time.monotonic() - started >= 0.2
+    pace.rest(stop)  # nothing is owed twice
+    busy = Pace(share=1.0, busy_share=0.1, busy=lambda: True)
+    busy.worked(0.05)
+    started = time.monotonic()
+    busy.rest(stop)
+    assert time.monotonic() - started >= 0.45
+    idle = Pace(share=1.0, busy_share=0.1, busy=lambda: False)
+    idle.worked(1e6)
+    idle.rest(stop)  # a share of 1 rests never
+    stop.set()
+    busy.worked(1e6)
+    busy.rest(stop)  # and who is told to stop does not rest first
+
+
+def test_a_service_that_becomes_idle_shortens_the_rest() -> None:
+    asked = []
+
+    def busy() -> bool:
+        asked.append(1)
+        return len(asked) < 3
+
+    pace = Pace(share=1.0, busy_share=0.01, busy=busy)
+    pace.worked(1000.0)
+    pace.rest(threading.Event())
+    assert len(asked) == 3
+
+
+def test_the_load_of_a_process_that_has_died_counts_for_nothing(tmp_path: Path) -> None:
+    assert not is_busy(tmp_path / "nowhere")
+    load = Load(tmp_path)
+    assert not is_busy(tmp_path)
+    load.tell(3)
+    assert is_busy(tmp_path)
+    (tmp_path / str(os.getpid())).rename(tmp_path / "4194999")  # no such process
+    assert not is_busy(tmp_path)
+    load.close()
