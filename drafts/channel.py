@@ -25,6 +25,8 @@ M = len(COLUMNS)
 # `SamplingParams.extra_args` key: index of the first token whose measures a request wants. Rows
 # before it (a long prompt, say) go through no draft's head.
 MEASURE_FROM = "demur_measure_from"
+# The same, for which of the residual drafts' versions in memory measures a request.
+SLOT = "demur_slot"
 _OFFSET = 2.0
 NOT_FINITE = 1.0
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ class Engine:
     def __init__(self, llm: Any, ensemble: Ensemble, max_model_len: int) -> None:
         self._llm = llm
         self._ensemble = ensemble
-        self._gate = Gate()
+        # One for each version of the drafts that the model has room for. With two, requests under
+        # way end with the one while new ones begin with the other.
+        self._gates = [Gate() for _ in range(1 if ensemble.has_states else 2)]
+        self._versions = [ensemble.manifest.weights_version] * len(self._gates)
+        self._slot = 0
+        self._one_swap = asyncio.Lock()
         self._under_way: set[str] = set()
         self._swapping: asyncio.Task[None] | None = None
         self._broken: str | None = None
@@ -118,7 +124,8 @@ class Engine:
                 f"response_start must lie in 1..{len(ids) - 1} for {len(ids)} tokens, "
                 f"got {response_start}"
             )
-        async with aclosing(self._outputs(ids, scoring_params(response_start))) as outputs:
+        params_of = partial(scoring_params, response_start)
+        async with aclosing(self._outputs(ids, params_of)) as outputs:
             [(final, version)] = [output async for output in outputs]
         vocab = self._ensemble.vocab_size
         return read_prompt(final.prompt_logprobs, response_start, vocab, version)
@@ -139,8 +146,8 @@ class Engine:
         ids = self._checked(token_ids, self.max_tokens + 1 - sampling.max_new_tokens)
         if sampling.seed is not None and not self.takes_seed:
             raise ValueError("this engine cannot sample by a seed")
-        params = generation_params(sampling, len(ids))
-        async with aclosing(self._outputs(ids, params)) as outputs:
+        params_of = partial(generation_params, sampling, len(ids))
+        async with aclosing(self._outputs(ids, params_of)) as outputs:
             async for output, version in outputs:
                 yield read_step(output.outputs[0], sampling.top, self.vocab_size, version)
 
@@ -157,21 +164,28 @@ class Engine:
         async with aclosing(self.stream(token_ids, sampling)) as steps:
             return [token async for step in steps for token in step.token_ids]
 
-    async def _outputs(self, ids: list[int], params: Any) -> AsyncGenerator[tuple[Any, str], None]:
-        """vLLM's outputs of a request, and the version of the weights that makes them."""
+    async def _outputs(
+        self, ids: list[int], params_of: Callable[[int], Any]
+    ) -> AsyncGenerator[tuple[Any, str], None]:
+        """vLLM's outputs of a request, and the version of the weights that makes them.
+
+        Args:
+            params_of: what is asked of vLLM, by the slot of the drafts.
+        """
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         await self.check_health()
-        async with self._gate.shared():
+        slot = self._slot
+        async with self._gates[slot].shared():
             await self.check_health()  # while it waited at the gate, much can have happened
-            version = self.weights_version
+            version = self._versions[slot]
             request_id = uuid.uuid4().hex
             self._under_way.add(request_id)
             finished = False
             try:
                 # Closing vLLM's generator aborts the request.
-                outputs = self._llm.generate(tokens_input(ids), params, request_id)
+                outputs = self._llm.generate(tokens_input(ids), params_of(slot), request_id)
                 async with aclosing(outputs):
                     async for output in outputs:
                         finished = output.finished and output.outputs[0].finish_reason != "abort"
@@ -187,8 +201,11 @@ class Engine:
     async def swap(self, folder: Path, target_path: Path | None = None) -> None:
         """Serve with the drafts' weights of another version of this ensemble, from now on.
 
-        Requests under way end with the weights they began with; later ones wait for the swap. So
-        no answer, and no draft's KV cache, ever mixes two versions.
+        Requests under way end with the weights they began with, so no answer ever mixes two
+        versions. Of residual drafts the engine holds two versions: later requests begin with the
+        new one at once, and only a third version waits until the first has no request left. Drafts
+        that keep keys and values have room for one: the swap waits for what is under way, and later
+        requests for the swap.
 
         Cancelling the caller does not stop a swap that has begun.
 
@@ -210,21 +227,26 @@ class Engine:
         await asyncio.shield(self._swapping)
 
     async def _swap(self, ensemble: Ensemble) -> None:
-        async with self._gate.alone():
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._one_swap)
+            slot = (self._slot + 1) % len(self._gates)
+            await stack.enter_async_context(self._gates[slot].alone())
             await self.check_health()
             try:
                 problems = await self._llm.collective_rpc(
-                    "swap_drafts", args=(str(ensemble.folder), str(ensemble.target_path))
+                    "swap_drafts", args=(str(ensemble.folder), str(ensemble.target_path), slot)
                 )
                 if any(problems):
                     raise WeightsError(next(problem for problem in problems if problem))
-                await self._forget_prefixes()
+                if ensemble.has_states:
+                    await self._forget_prefixes()
             except WeightsError:
                 raise
             except Exception as error:
                 self._broken = f"a swap of weights failed half-way ({error}); restart the service"
                 raise EngineNotReady(self._broken) from error
-            self._ensemble = ensemble
+            self._versions[slot] = ensemble.manifest.weights_version
+            self._ensemble, self._slot = ensemble, slot
 
     async def _forget_prefixes(self) -> None:
         """Empty the prefix cache: it holds keys and values that the old drafts made."""

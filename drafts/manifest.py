@@ -130,6 +130,11 @@ class Ensemble:
                 layers.update(member.config.taps)
         return tuple(sorted(layers))
 
+    @property
+    def has_states(self) -> bool:
+        """Does some draft keep keys and values of its own of what it has read?"""
+        return not all(isinstance(member.draft, ResidualDraft) for member in self.members)
+
     def students(self) -> dict[Path, tuple[ResidualConfig, list[int]]]:
         """Each residual checkpoint once, with the draws that drafts take from it."""
         seen: dict[Path, tuple[ResidualConfig, list[int]]] = {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 
-def scoring_params(response_start: int) -> SamplingParams:
+def scoring_params(response_start: int, slot: int) -> SamplingParams:
     """One prefill, with the measures of the prompt's tokens from `response_start` on."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -25,15 +25,16 @@ def scoring_params(response_start: int) -> SamplingParams:
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={channel.MEASURE_FROM: response_start},
+        extra_args={channel.MEASURE_FROM: response_start, channel.SLOT: slot},
     )
 
 
-def generation_params(sampling: Sampling, n_prompt: int) -> SamplingParams:
+def generation_params(sampling: Sampling, n_prompt: int, slot: int) -> SamplingParams:
     """A generation that hands over its tokens as they come."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    wanted = {channel.MEASURE_FROM: n_prompt, channel.SLOT: slot}
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
@@ -43,7 +44,7 @@ def generation_params(sampling: Sampling, n_prompt: int) -> SamplingParams:
         flat_logprobs=sampling.measured,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={channel.MEASURE_FROM: n_prompt} if sampling.measured else None,
+        extra_args=wanted if sampling.measured else None,
     )
 
 

@@ -54,25 +54,34 @@ _LOGIT_ROWS = 128
 
 
 class _MeasureFrom:
-    """For each place of vLLM's persistent batch, the first token whose measures are wanted.
+    """For each place of vLLM's persistent batch, the first token whose measures are wanted, and
+    the slot of the residual drafts that make them.
 
     The logits processor keeps it up to date and the model reads it; both live in one process.
     """
 
     def __init__(self) -> None:
-        self.first: dict[int, int] = {}
+        self.first: dict[int, tuple[int, int]] = {}
 
     def rows(self, positions_T: Tensor) -> Tensor:
-        """True for each row of this step whose prediction (of the next token) is wanted, [T]."""
-        wanted_T = torch.zeros_like(positions_T, dtype=torch.bool)
+        """For each row of this step, 0 if its prediction (of the next token) is not wanted, else
+        1 + slot, [T]."""
+        wanted_T = torch.zeros_like(positions_T)
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # a profiling run, which has no requests
             return wanted_T
         starts = next(iter(metadata.values())).query_start_loc.tolist()
         for place, (start, end) in enumerate(pairwise(starts)):
-            if (first := self.first.get(place)) is not None:
-                wanted_T[start:end] = positions_T[start:end] + 1 >= first
+            if (wanted := self.first.get(place)) is not None:
+                first, slot = wanted
+                wanted_T[start:end] = (positions_T[start:end] + 1 >= first) * (1 + slot)
         return wanted_T
+
+
+def _wanted(extra_args: dict[str, int] | None) -> tuple[int, int] | None:
+    if not extra_args or channel.MEASURE_FROM not in extra_args:
+        return None
+    return extra_args[channel.MEASURE_FROM], extra_args.get(channel.SLOT, 0)
 
 
 _measure_from = _MeasureFrom()
@@ -95,7 +104,7 @@ class MaskMetricColumns(LogitsProcessor):  # type: ignore[misc]
         process_dict_updates(
             _measure_from.first,
             batch_update,
-            lambda params, prompt, output: (params.extra_args or {}).get(channel.MEASURE_FROM),
+            lambda params, prompt, output: _wanted(params.extra_args),
         )
 
 
@@ -116,9 +125,9 @@ class EnsembleForCausalLM(nn.Module):
     """A target and its drafts, scheduled, batched and paged by vLLM as one model.
 
     `forward` returns, side by side for each row, the target's final hidden state, the final hidden
-    states of `exit` and `model` drafts, the hidden states that `residual` drafts read, and a flag:
-    are this row's measures wanted? `compute_logits` turns rows into the target's logits and the
-    metric columns (`drafts.channel`).
+    states of `exit` and `model` drafts, the hidden states that `residual` drafts read, and a mark:
+    are this row's measures wanted, and of which slot? `compute_logits` turns rows into the
+    target's logits and the metric columns (`drafts.channel`).
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -142,7 +151,10 @@ class EnsembleForCausalLM(nn.Module):
             if isinstance(member.draft, ExitDraft):
                 self.exits.add(member.draft.name)
         students = list(ensemble.students().values())
-        self.students: Any = ResidualGroup(students) if students else None
+        # Without drafts that keep states, there is room for two versions: requests under way end
+        # with the one they began with while others begin with the next.
+        slots = 0 if not students else 1 if ensemble.has_states else 2
+        self.students: Any = nn.ModuleList(ResidualGroup(students) for _ in range(slots))
         # Columns of a row that `forward` returns.
         d = ensemble.target_config.hidden_size
         own = [member.config.hidden_size for member in ensemble.members if _is_run(member)]
@@ -195,7 +207,7 @@ class EnsembleForCausalLM(nn.Module):
             The names of the parameters that were loaded; vLLM refuses to start if any is missing.
         """
         loaded = {f"target.{name}" for name in self.target.load_weights(weights)}
-        for module, tensors in self._read(self.ensemble):
+        for module, tensors in self._read(self.ensemble, 0):
             module.load_weights(tensors.items())
         # `read_member` has seen to it that a draft's files hold all that its config asks for.
         drafts = ("members.", "students.")
@@ -216,11 +228,19 @@ class EnsembleForCausalLM(nn.Module):
         if bool(broken_B.any()):
             logits_BV[broken_B] = 0.0
         columns_BM.fill_(channel.NOT_FINITE)
-        wanted = wanted_B1.squeeze(-1).nonzero().squeeze(-1)
-        if wanted.numel() == 0:
-            return
-        target_BV = logits_BV[wanted]
-        drafts = self._drafts(h_Bd[wanted], [state[wanted] for state in states], target_BV)
+        for mark in torch.unique(wanted_B1).tolist():
+            if mark:
+                wanted = (wanted_B1.squeeze(-1) == mark).nonzero().squeeze(-1)
+                own = [state[wanted] for state in states]
+                self._measure(int(mark) - 1, wanted, h_Bd[wanted], own, out_BW)
+        columns_BM[broken_B] = channel.NOT_FINITE
+
+    def _measure(
+        self, slot: int, wanted: Tensor, h_Bd: Tensor, states: list[Tensor], out_BW: Tensor
+    ) -> None:
+        """Fill the columns of the wanted rows, whose target's logits are there."""
+        target_BV = out_BW[:, : self.vocab_size][wanted]
+        drafts = self._drafts(slot, h_Bd, states, target_BV)
         values_MB = out_BW.new_empty(channel.M, wanted.numel())
         size = block_rows(len(drafts) * self.vocab_size, out_BW.device)
         block_KBV = out_BW.new_empty(len(drafts), min(size, wanted.numel()), self.vocab_size)
@@ -230,10 +250,11 @@ class EnsembleForCausalLM(nn.Module):
             for draft, logits in zip(drafts, logits_KBV, strict=True):
                 draft.logits(part, target_BV[part], logits)
             measure_block(logits_KBV, target_BV[part], values_MB[:, part])
-        values_MB[:, broken_B[wanted]] = torch.nan
-        columns_BM[wanted] = channel.encode(values_MB.T)
+        out_BW[:, self.vocab_size :][wanted] = channel.encode(values_MB.T)
 
-    def _drafts(self, h_Bd: Tensor, states: list[Tensor], target_BV: Tensor) -> list[_Draft]:
+    def _drafts(
+        self, slot: int, h_Bd: Tensor, states: list[Tensor], target_BV: Tensor
+    ) -> list[_Draft]:
         """What makes the logits of each draft."""
         own, taps = states[: len(self.members)], states[len(self.members) :]
         members = list(zip(self.members.items(), own, strict=True))
@@ -243,31 +264,32 @@ class EnsembleForCausalLM(nn.Module):
             if name not in self.exits
         ]
         exits = [state for (name, _), state in members if name in self.exits]
-        if not exits and self.students is None:
+        students = self.students[slot] if len(self.students) else None
+        if not exits and students is None:
             return drafts
         moves, wanted = [], []
-        if self.students is not None:
-            moves, wanted = self.students.moves(h_Bd, taps, target_BV)
+        if students is not None:
+            moves, wanted = students.moves(h_Bd, taps, target_BV)
         # All that the target's LM head is for at once: its weights are read once, not K times.
         through_head = torch.cat([*exits, *moves]).contiguous()
         heads = self.target.compute_logits(through_head).split(len(h_Bd))
         drafts += [_Draft(logits) for logits in heads[: len(exits)]]
-        if self.students is not None:
+        if students is not None:
             changes = heads[len(exits) :]
-            scales = self.students.scales(changes, wanted, target_BV)
+            scales = students.scales(changes, wanted, target_BV)
             drafts += [_Draft(*pair) for pair in zip(changes, scales, strict=True)]
         return drafts
 
     # Weights.
 
-    def _read(self, ensemble: Ensemble) -> list[tuple[Any, dict[str, Tensor]]]:
-        """Each draft module with its new weights, read whole and checked.
+    def _read(self, ensemble: Ensemble, slot: int) -> list[tuple[Any, dict[str, Tensor]]]:
+        """Each draft module of a slot with its new weights, read whole and checked.
 
         Raises:
             WeightsError: if any file is broken; no module was touched then.
         """
         pairs: list[tuple[Any, dict[str, Tensor]]] = []
-        students = iter(self.students.heads if self.students is not None else ())
+        students = iter(self.students[slot].heads if len(self.students) else ())
         seen: set[Path] = set()
         for member in ensemble.members:
             if _is_run(member):
@@ -277,14 +299,14 @@ class EnsembleForCausalLM(nn.Module):
                 pairs.append((next(students), read_member(member)))
         return pairs
 
-    def swap(self, ensemble: Ensemble, model_config: ModelConfig) -> None:
-        """Put another version of the drafts' weights in place of the present one.
+    def swap(self, ensemble: Ensemble, slot: int, model_config: ModelConfig) -> None:
+        """Put another version of the drafts' weights in place of the one in a slot.
 
         Raises:
             WeightsError: if the new files cannot be used; the old weights serve on. Any other
                 exception means that the weights are in an unknown state.
         """
-        _replace(self._read(ensemble), model_config)
+        _replace(self._read(ensemble, slot), model_config)
         self.ensemble = ensemble
 
 
@@ -325,15 +347,15 @@ class SwapDrafts:
 
     model_runner: Any
 
-    def swap_drafts(self, folder: str, target: str) -> str | None:
+    def swap_drafts(self, folder: str, target: str, slot: int) -> str | None:
         """Load the drafts of the ensemble in `folder`; return what was wrong with them, or None.
 
-        The caller sees to it that no request is under way.
+        The caller sees to it that no request of the slot is under way.
         """
         try:
             with torch.inference_mode():
                 ensemble = load_ensemble(folder, Path(target))
-                self.model_runner.model.swap(ensemble, self.model_runner.model_config)
+                self.model_runner.model.swap(ensemble, slot, self.model_runner.model_config)
         except DraftsError as error:
             return str(error)
         return None

@@ -167,7 +167,7 @@ async def test_a_stream_that_is_left_ends_in_the_engine(engine: Engine) -> None:
         assert engine._llm.get_num_unfinished_requests() == 1
     assert engine._llm.get_num_unfinished_requests() == 0
     # It holds up no swap either.
-    assert engine._gate._holders == 0
+    assert engine._gates[0]._holders == 0
 
 
 async def test_what_a_stream_cannot_be_is_refused(engine: Engine) -> None:
@@ -195,14 +195,14 @@ async def test_swaps_under_load_never_mix_versions(
     await asyncio.sleep(0.05)
     assert engine._llm.get_num_unfinished_requests() > 0
     there = asyncio.create_task(engine.swap(second))
-    while not engine._gate._waiting:
+    while not engine._gates[0]._waiting:
         await asyncio.sleep(0.001)
     assert not all(task.done() for task in early)
     late = burst(range(20, 40))
     await there
     # Cancelling who asked for a swap does not leave it half done.
     back = asyncio.create_task(engine.swap(folder))
-    while not (engine._gate._waiting or engine._gate._closed):
+    while not (engine._gates[0]._waiting or engine._gates[0]._closed):
         await asyncio.sleep(0.001)
     back.cancel()
     last = burst(range(20))
