@@ -36,6 +36,7 @@ class Service:
     folder: Path
     settings: dict[str, str]
     cores: Sequence[int] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
     starts: list[float] = field(default_factory=list)  # seconds until it was ready
@@ -50,7 +51,7 @@ class Service:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 self.port = probe.getsockname()[1]
-        environment = dict(os.environ)
+        environment = os.environ | self.environment
         if self.cores is not None:
             environment["OMP_NUM_THREADS"] = str(len(self.cores))
         environment |= {f"DEMUR_{name.upper()}": value for name, value in self.settings.items()}

@@ -125,7 +125,7 @@ class OnlineTrainer:
         """Round after round until `stop` is set; then a last checkpoint."""
         failures = 0
         while not stop.is_set():
-            started = time.monotonic()
+            started, worked = time.monotonic(), self._work_clock()
             try:
                 activity = self.round()
                 failures = 0
@@ -140,7 +140,7 @@ class OnlineTrainer:
             if activity in ("waiting", "paused"):
                 stop.wait(_LOOK_EVERY_S)
             else:
-                self.pace.worked(time.monotonic() - started)
+                self.pace.worked(self._work_clock() - worked, time.monotonic() - started)
                 self.pace.rest(stop)
         try:
             self.save()
@@ -148,6 +148,12 @@ class OnlineTrainer:
         except (OSError, SafetensorError, DraftsError) as error:
             # The checkpoint before is whole: the steps since are taken again.
             logger.error("the last steps are not kept: %s", error)
+
+    def _work_clock(self) -> float:
+        """Seconds of work on the device, or on each of the `threads` cores."""
+        if self.config.device == "cpu":
+            return time.process_time() / self.config.threads
+        return time.monotonic()
 
     def round(self) -> Activity:
         """Do the next thing, and say what it was."""

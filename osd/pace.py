@@ -16,6 +16,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _SLICE_S = 0.2
+_NICE = 10
 
 
 class Load:
@@ -55,6 +56,9 @@ def is_busy(folder: Path) -> bool:
 class Pace:
     """Keeps work to a share of the time by resting after it.
 
+    A share of 0.1 allows a tenth of a second of work for each second that passes, those of the work
+    itself included: work that Linux holds up for others has rested meanwhile.
+
     Args:
         share: of the time, while the service has nothing to do.
         busy_share: while it has.
@@ -63,31 +67,38 @@ class Pace:
 
     def __init__(self, share: float, busy_share: float, busy: Callable[[], bool]) -> None:
         self._share, self._busy_share, self._busy = share, busy_share, busy
-        self._worked = 0.0
+        self._owed = 0.0
 
-    def worked(self, seconds: float) -> None:
-        """Work was done; rest is owed for it."""
-        self._worked += seconds
+    def worked(self, seconds: float, within: float) -> None:
+        """Work was done.
+
+        Args:
+            seconds: of work.
+            within: in so much time.
+        """
+        self._owed += seconds - within * self._now()
 
     def rest(self, stop: threading.Event) -> None:
         """Rest until the work is within the share. A service that becomes idle shortens it."""
-        while self._worked > 0 and not stop.is_set():
-            share = self._busy_share if self._busy() else self._share
-            if share == 1:
-                break
-            # A second of rest at this share makes up for so much work.
-            rate = share / (1 - share)
-            slept = min(_SLICE_S, self._worked / rate)
+        while self._owed > 0 and not stop.is_set():
+            share = self._now()
             started = time.monotonic()
-            stop.wait(slept)
-            self._worked -= (time.monotonic() - started) * rate
-        self._worked = 0.0
+            stop.wait(min(_SLICE_S, self._owed / share))
+            self._owed -= (time.monotonic() - started) * share
+        self._owed = 0.0
+
+    def _now(self) -> float:
+        return self._busy_share if self._busy() else self._share
 
 
 def step_aside() -> None:
-    """Run this process only where the cores have nothing else to do, as far as Linux lets it."""
-    os.nice(19)
+    """Give way to services on this machine: about a tenth of a core that they want as well.
+
+    Where Linux groups processes by session, `nice` counts within a session only, so the session's
+    own value is set, too; `demur serve` starts its trainer in a session of its own.
+    """
+    os.nice(_NICE)
     try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except (AttributeError, OSError) as error:  # another system, or a container that forbids it
-        logger.info("SCHED_IDLE is not to be had (%s); nice 19 is", error)
+        Path("/proc/self/autogroup").write_text(str(_NICE))
+    except OSError as error:  # no such grouping, or a container that forbids it
+        logger.debug("autogroup is left as it is (%s)", error)

@@ -90,7 +90,7 @@ def observe_osd(status: OsdStatus) -> None:
     trainer = status.trainer
     if trainer is None:
         return
-    OSD_STUCK.set(trainer.activity == "stuck")
+    OSD_STUCK.set(status.trainer_alive and trainer.activity == "stuck")
     OSD_STEPS.set(trainer.step)
     OSD_TEXTS.set(sum(trainer.texts))
     OSD_WAITING.set(sum(trainer.waiting))

@@ -38,7 +38,7 @@ async def keep_training(settings: Settings) -> None:
     while True:
         started = asyncio.get_running_loop().time()
         process = await asyncio.create_subprocess_exec(
-            *command(settings), stdin=asyncio.subprocess.DEVNULL
+            *command(settings), stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
         try:
             status = await process.wait()

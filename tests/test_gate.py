@@ -110,25 +110,29 @@ def test_weights_that_ran_away_are_refused(scale: float, says: str | None) -> No
     assert (says is None and not reasons) or (says is not None and says in reasons[0])
 
 
+def seconds_of(pace: Pace, stop: threading.Event | None = None) -> float:
+    started = time.monotonic()
+    pace.rest(stop or threading.Event())
+    return time.monotonic() - started
+
+
 def test_the_pace_rests_as_its_share_says() -> None:
-    stop = threading.Event()
     pace = Pace(share=0.5, busy_share=0.1, busy=lambda: False)
-    pace.worked(0.2)
-    started = time.monotonic()
-    pace.rest(stop)
-    assert time.monotonic() - started >= 0.2
-    pace.rest(stop)  # nothing is owed twice
+    pace.worked(0.2, within=0.2)
+    assert seconds_of(pace) >= 0.2
+    pace.worked(0.2, within=0.4)  # it was held up for so long, and has rested
+    pace.worked(0.1, within=0.2)
+    assert pace._owed == pytest.approx(0)
     busy = Pace(share=1.0, busy_share=0.1, busy=lambda: True)
-    busy.worked(0.05)
-    started = time.monotonic()
-    busy.rest(stop)
-    assert time.monotonic() - started >= 0.45
+    busy.worked(0.05, within=0.05)
+    assert seconds_of(busy) >= 0.45
     idle = Pace(share=1.0, busy_share=0.1, busy=lambda: False)
-    idle.worked(1e6)
-    idle.rest(stop)  # a share of 1 rests never
+    idle.worked(1e6, within=1e6)  # a share of 1 rests never
+    assert idle._owed == 0
+    stop = threading.Event()
     stop.set()
-    busy.worked(1e6)
-    busy.rest(stop)  # and who is told to stop does not rest first
+    busy.worked(1e6, within=1e6)
+    seconds_of(busy, stop)  # and who is told to stop does not rest first
 
 
 def test_a_service_that_becomes_idle_shortens_the_rest() -> None:
@@ -136,12 +140,12 @@ def test_a_service_that_becomes_idle_shortens_the_rest() -> None:
 
     def busy() -> bool:
         asked.append(1)
-        return len(asked) < 3
+        return len(asked) < 4
 
-    pace = Pace(share=1.0, busy_share=0.01, busy=busy)
-    pace.worked(1000.0)
-    pace.rest(threading.Event())
-    assert len(asked) == 3
+    pace = Pace(share=1.0, busy_share=0.001, busy=busy)
+    pace.worked(0.3, within=0.3)  # five minutes of rest, were it busy for so long
+    assert seconds_of(pace) < 60
+    assert len(asked) >= 4
 
 
 def test_the_load_of_a_process_that_has_died_counts_for_nothing(tmp_path: Path) -> None:
