@@ -2,7 +2,7 @@
 
     python benchmarks/online_faults.py --data ../shared/data
 
-A service of the default ensemble with its trainer is asked to score two texts a second. Its spool
+A service of the default ensemble with its trainer is asked to score a text every 3 s. Its spool
 is on a real Redis, its files are on a disk of its own (a loop-mounted image, which needs root), and
 its clock is libfaketime's. One after the other, the trainer, the service and Redis are killed, the
 disk is filled, a version is truncated and the clock is set. For each: what requests were answered,
@@ -56,7 +56,7 @@ TRAINER = {
     "measured_tokens": 160,
     "gate": {"kl_margin": 0.2, "reference_margin": 0.2, "jsd_floor": 0.5},
 }
-_EVERY_S = 0.5
+_EVERY_S = 3.0
 _WITHIN_S = 300.0
 
 
@@ -222,6 +222,7 @@ class Run:
             "FAKETIME_TIMESTAMP_FILE": str(self.clock),
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "TORCHDYNAMO_DISABLE": "1",  # Inductor's compiler does not start under libfaketime
         }
         self.service = Service(work / "service", settings, environment=environment)
         self.client = Client(bodies)

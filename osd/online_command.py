@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -46,8 +45,6 @@ def osd(
     child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
 ) -> None:
     """Keep the drafts aligned to the traffic, while services answer it (docs/osd.md)."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before anything reads it: no bars in a log
     from osd.online import Places, run
     from osd.online_config import read_online_config
 

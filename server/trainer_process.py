@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 
 from server import metrics
@@ -38,7 +39,10 @@ async def keep_training(settings: Settings) -> None:
     while True:
         started = asyncio.get_running_loop().time()
         process = await asyncio.create_subprocess_exec(
-            *command(settings), stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            *command(settings),
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | {"TQDM_DISABLE": "1"},  # no bars in a log
         )
         try:
             status = await process.wait()
