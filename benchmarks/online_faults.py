@@ -372,11 +372,11 @@ class Run:
     def make_books(self) -> None:
         trainer = self.service.osd()["trainer"]
         count = len(trainer["texts"])
-        with open_spool(self.redis.url) as spool:
-            entries = spool.read(START, 100_000)
+        with open_spool(self.redis.url, name="smollm2-135m-instruct") as spool:
+            entries, salt = spool.read(START, 100_000), spool.identity()
         learnable = [0] * count
         for entry in entries:
-            if not is_held_out(entry.text.key, TRAINER["held_out_one_in"]):  # type: ignore[arg-type]
+            if not is_held_out(entry.text.key, TRAINER["held_out_one_in"], salt):  # type: ignore[arg-type]
                 learnable[shard_of(entry.text.key, count)] += 1
         answered = self.client.outcomes.count("200")
         read = [n - waits for n, waits in zip(learnable, trainer["waiting"], strict=True)]

@@ -35,6 +35,7 @@ __all__ = ["Engine", "EngineConfig"]
 
 DEAD = "the engine has died; restart the service"
 _RESET_WITHIN_S = 30
+_LOOK_EVERY_S = 1.0
 
 
 class Engine:
@@ -47,6 +48,8 @@ class Engine:
         # way end with the one while new ones begin with the other.
         self._gates = [Gate() for _ in range(1 if ensemble.has_states else 2)]
         self._versions = [ensemble.manifest.weights_version] * len(self._gates)
+        self._held: list[Path | None] = [None] * len(self._gates)  # the folder it came from
+        self._held[0] = ensemble.folder
         self._slot = 0
         self._one_swap = asyncio.Lock()
         self._under_way: set[str] = set()
@@ -230,11 +233,16 @@ class Engine:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._one_swap)
             slot = (self._slot + 1) % len(self._gates)
+            if self._held[slot] == ensemble.folder and slot != self._slot:
+                # It is there still, as after a version that is taken back soon: nobody has to end.
+                self._ensemble, self._slot = ensemble, slot
+                return
             await stack.enter_async_context(self._gates[slot].alone())
             await self.check_health()
+            self._held[slot] = None
             try:
-                problems = await self._llm.collective_rpc(
-                    "swap_drafts", args=(str(ensemble.folder), str(ensemble.target_path), slot)
+                problems = await self._call_workers(
+                    "swap_drafts", str(ensemble.folder), str(ensemble.target_path), slot
                 )
                 if any(problems):
                     raise WeightsError(next(problem for problem in problems if problem))
@@ -243,10 +251,23 @@ class Engine:
             except WeightsError:
                 raise
             except Exception as error:
+                if len(self._gates) > 1 and not self._llm.errored:
+                    # Only the slot that nobody uses is in an unknown state.
+                    raise WeightsError(f"a swap of weights failed half-way ({error})") from error
                 self._broken = f"a swap of weights failed half-way ({error}); restart the service"
                 raise EngineNotReady(self._broken) from error
             self._versions[slot] = ensemble.manifest.weights_version
+            self._held[slot] = ensemble.folder
             self._ensemble, self._slot = ensemble, slot
+
+    async def _call_workers(self, method: str, *arguments: Any) -> list[Any]:
+        """vLLM's `collective_rpc`, which never returns if the engine dies meanwhile."""
+        call = asyncio.ensure_future(self._llm.collective_rpc(method, args=arguments))
+        while not (await asyncio.wait({call}, timeout=_LOOK_EVERY_S))[0]:
+            if self._llm.errored:
+                call.cancel()
+                raise EngineNotReady(DEAD)
+        return list(call.result())
 
     async def _forget_prefixes(self) -> None:
         """Empty the prefix cache: it holds keys and values that the old drafts made."""

@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -58,7 +59,10 @@ class DraftsStore:
     """Versions under one root: a folder, or whatever URL fsspec opens."""
 
     def __init__(self, root: str | Path) -> None:
-        self._fs, path = fsspec.core.url_to_fs(os.path.expanduser(str(root)))
+        try:
+            self._fs, path = fsspec.core.url_to_fs(os.path.expanduser(str(root)))
+        except (ImportError, ValueError) as error:  # its package is missing; no such protocol
+            raise StoreError(f"the drafts store {root} cannot be opened ({error})") from error
         self._root = str(path).rstrip("/")
 
     def publish(self, folder: Path, *, about: dict[str, Any], make_current: bool = True) -> Version:
@@ -100,8 +104,14 @@ class DraftsStore:
             place = self._at(name, f"{relative}.{digests[relative]}")
             self._fs.makedirs(self._parent(place), exist_ok=True)
             self._fs.put_file(str(file), place)
+        current = self.current_name()
+        parent = current if current != name else None
         version = Version(
-            name=name, parent=self._current(), created=time.time(), about=about, files=digests
+            name=name,
+            parent=parent if parent != name else None,
+            created=time.time(),
+            about=about,
+            files=digests,
         )
         self._write(self._at(name, _VERSION), version.model_dump_json(indent=1))
         if make_current:
@@ -133,7 +143,7 @@ class DraftsStore:
 
     def current(self) -> Version:
         """The current version; `StoreError` if nothing was published."""
-        name = self._current()
+        name = self.current_name()
         if name is None:
             raise StoreError(f"{self._root} has no current version")
         return self.version(name)
@@ -149,11 +159,15 @@ class DraftsStore:
         """Point `current` at a version that is there."""
         version = self.version(name)
         self._write(f"{self._root}/current", name)
+        self.remove_note(f"versions/{name}/{_WITHDRAWN}")
         return version
+
+    def current_name(self) -> str | None:
+        """The name of the current version, even if that is damaged; None if there is none."""
+        return self._read(f"{self._root}/current")
 
     def withdraw(self, name: str, reason: str) -> None:
         """Say of a version why it no longer serves; it stays, and can be made current again."""
-        self.version(name)
         self._write(self._at(name, _WITHDRAWN), reason)
 
     def withdrawn(self, name: str) -> str | None:
@@ -196,7 +210,7 @@ class DraftsStore:
         folder = into / version.name
         if _holds(folder, version):
             return folder
-        partial = into / f"{version.name}.{os.getpid()}.partial"
+        partial = into / f"{version.name}.{uuid.uuid4().hex}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             self._copy(version, partial)
@@ -226,9 +240,6 @@ class DraftsStore:
             if _digest(target) != digest:
                 raise StoreError(f"version {version.name}: {relative} is not what was published")
 
-    def _current(self) -> str | None:
-        return self._read(f"{self._root}/current")
-
     def _read(self, path: str) -> str | None:
         try:
             return str(self._fs.cat_file(path).decode())
@@ -248,7 +259,7 @@ class DraftsStore:
         """One write that readers see whole: on a disk by renaming, in a bucket by its nature."""
         self._fs.makedirs(self._parent(path), exist_ok=True)
         if "file" in self._fs.protocol:
-            partial = Path(f"{path}.{os.getpid()}.partial")
+            partial = Path(f"{path}.{uuid.uuid4().hex}.partial")
             partial.write_text(text)
             partial.replace(path)
         else:

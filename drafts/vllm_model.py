@@ -21,6 +21,7 @@ model runner (`VLLM_USE_V2_MODEL_RUNNER=0`) and relies on:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -48,6 +49,8 @@ from drafts.weights import read_member
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+logger = logging.getLogger(__name__)
 
 # Rows whose logits are held at once, for each member: 128 x 152k x float32 are 78 MB.
 _LOGIT_ROWS = 128
@@ -299,15 +302,24 @@ class EnsembleForCausalLM(nn.Module):
                 pairs.append((next(students), read_member(member)))
         return pairs
 
-    def swap(self, ensemble: Ensemble, slot: int, model_config: ModelConfig) -> None:
+    def swap(self, folder: str, target: str, slot: int, model_config: ModelConfig) -> str | None:
         """Put another version of the drafts' weights in place of the one in a slot.
 
-        Raises:
-            WeightsError: if the new files cannot be used; the old weights serve on. Any other
-                exception means that the weights are in an unknown state.
+        Returns:
+            What is wrong with the new files, or None; the old weights then serve on. An exception
+            means that the weights of the slot are in an unknown state.
         """
-        _replace(self._read(ensemble, slot), model_config)
+        try:
+            ensemble = load_ensemble(folder, Path(target))
+            pairs = self._read(ensemble, slot)
+        except DraftsError as error:
+            return str(error)
+        except Exception as error:  # no file may cost the engine its life
+            logger.exception("a version cannot be read")
+            return f"{folder} cannot be read ({type(error).__name__}: {error})"
+        _replace(pairs, model_config)
         self.ensemble = ensemble
+        return None
 
 
 def _replace(pairs: list[tuple[Any, dict[str, Tensor]]], model_config: ModelConfig) -> None:
@@ -352,10 +364,7 @@ class SwapDrafts:
 
         The caller sees to it that no request of the slot is under way.
         """
-        try:
-            with torch.inference_mode():
-                ensemble = load_ensemble(folder, Path(target))
-                self.model_runner.model.swap(ensemble, slot, self.model_runner.model_config)
-        except DraftsError as error:
-            return str(error)
-        return None
+        runner = self.model_runner
+        with torch.inference_mode():
+            problem: str | None = runner.model.swap(folder, target, slot, runner.model_config)
+        return problem

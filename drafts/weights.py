@@ -20,6 +20,7 @@ from drafts.errors import WeightsError
 from drafts.manifest import Ensemble, ExitDraft, Member, ResidualDraft
 from drafts.residual import ResidualHead
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INDEX_NAME = "model.safetensors.index.json"
 
 Shapes = dict[str, list[int]]
@@ -48,7 +49,11 @@ def read_member(member: Member) -> dict[str, Tensor]:
     # What no model reads is left out: vLLM's loaders stop at names that they do not know.
     weights = {name: weights[name] for name in expected}
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in _DTYPES:
+            raise WeightsError(
+                f"{_label(member)}: {name} is of {tensor.dtype}, which is not served"
+            )
+        if not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"{_label(member)}: {name} holds NaN or infinity")
     return weights
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osd.errors import CheckpointError
+from osd.errors import CheckpointError, OtherRunError
 
 Tensors = dict[str, Tensor]
 
@@ -75,13 +75,13 @@ def load_last(
         state = json.loads((folder / "state.json").read_text())
         step = int(state["step"])
         stored = state["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: state.json cannot be read ({error})") from error
     if stored != config:
         changed = sorted(
             name for name in stored.keys() | config.keys() if stored.get(name) != config.get(name)
         )
-        raise CheckpointError(
+        raise OtherRunError(
             f"{folder} is of a run with another {', '.join(changed)}; "
             "restore the configuration, or choose another run folder"
         )
@@ -154,7 +154,7 @@ def _moments(module: nn.Module, optimiser: torch.optim.Optimizer) -> Tensors:
 def _read(file: Path) -> Tensors:
     try:
         tensors: Tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}); remove its folder to go on from the one before"
         ) from error

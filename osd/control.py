@@ -17,10 +17,12 @@ from drafts.errors import StoreError
 from drafts.store import DraftsStore
 
 _PAUSED, _STATUS = "osd/paused", "osd/status.json"
-# A trainer that is at work writes at least this often, but for a gate of large models.
-STALE_S = 120.0
+# A trainer writes every few seconds, but not while it judges a version, which takes minutes.
+STALE_S = 900.0
 
-Activity = Literal["starting", "waiting", "training", "judging", "paused", "stuck", "stopped"]
+Activity = Literal[
+    "starting", "waiting", "training", "judging", "resting", "paused", "stuck", "stopped"
+]
 
 
 class LastVerdict(BaseModel):

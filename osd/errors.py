@@ -15,6 +15,10 @@ class CheckpointError(OsdError):
     """A training checkpoint that cannot be used."""
 
 
+class OtherRunError(CheckpointError):
+    """A training checkpoint of something else, which is whole."""
+
+
 class ConfigError(OsdError):
     """A configuration that cannot be used."""
 

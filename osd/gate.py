@@ -17,6 +17,8 @@ from osd.evaluate import Agreement
 from osd.online_config import GateConfig
 from osd.students import Trainee
 
+_NOISE = 5e-4  # nats
+
 
 class Measured(NamedTuple):
     """A version on the two sets."""
@@ -34,9 +36,10 @@ def judge(candidate: Measured, serving: Measured, first: Measured, config: GateC
     """
     reasons = []
 
-    def bound(what: str, value: float, most: float, of: str) -> None:
+    def bound(what: str, value: float, base: float, margin: float, of: str) -> None:
+        most = _most(base, margin)
         if not value <= most:  # so that NaN is over every bound
-            reasons.append(f"{what} is {value:.4g} nats, over {most:.4g}: {of}")
+            reasons.append(f"{what} is {value:.4g} nats, over {most:.4g}: {of}, and {margin:.1%}")
 
     def floor(what: str, value: float, least: float, of: str) -> None:
         if not value >= least:
@@ -46,16 +49,25 @@ def judge(candidate: Measured, serving: Measured, first: Measured, config: GateC
     bound(
         f"{kl} on held-out traffic",
         candidate.traffic.kl_mixture,
-        serving.traffic.kl_mixture * (1 + config.kl_margin),
-        f"what serves, and {config.kl_margin:.0%}",
+        serving.traffic.kl_mixture,
+        config.kl_margin,
+        "what serves",
+    )
+    bound(
+        f"{kl} on held-out traffic",
+        candidate.traffic.kl_mixture,
+        first.traffic.kl_mixture,
+        margin,
+        "the first version's",  # or small losses would add up
     )
     for what, field in ((kl, "kl_mixture"), ("RMSE against EU*", "rmse")):
         start = float(getattr(first.reference, field))
         bound(
             f"{what} on the reference set",
             float(getattr(candidate.reference, field)),
-            start * (1 + margin),
-            f"the first version's, and {margin:.0%}",
+            start,
+            margin,
+            "the first version's",
         )
     for where, new, old in (
         ("the reference set", candidate.reference, first.reference),
@@ -93,13 +105,18 @@ def check_weights(
 
 def watch(serving: Agreement, parent: Agreement, config: GateConfig) -> str | None:
     """Why a version that serves should be taken back; both on traffic that came after it."""
-    most = parent.kl_mixture * (1 + config.watch_margin)
+    most = _most(parent.kl_mixture, config.watch_margin)
     if serving.kl_mixture <= most:
         return None
     return (
         f"KL to the posterior mean on traffic since it serves is {serving.kl_mixture:.4g} nats, "
-        f"over {most:.4g}: its parent's there, and {config.watch_margin:.0%}"
+        f"over {most:.4g}: its parent's there, and {config.watch_margin:.1%}"
     )
+
+
+def _most(base: float, margin: float) -> float:
+    """A share over a base; where that is next to nothing, noise must not decide."""
+    return base + margin * max(base, 0.0) + _NOISE
 
 
 def _norm(tensor: Tensor) -> float:

@@ -14,6 +14,7 @@ is learned again, from the same texts, by weights that have not seen them.
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -21,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from drafts.errors import DraftsError, StoreError
-from drafts.manifest import load_ensemble
+from drafts.manifest import load_ensemble, read_manifest
 from drafts.store import DraftsStore, Version
 from osd import checkpoint
 from osd.alone import alone
 from osd.build import check_device, open_teacher, shards, split
 from osd.control import Activity, Control, LastVerdict
 from osd.corpus import Corpus, Text, check_target
-from osd.errors import CheckpointError, SpoolError
+from osd.errors import CheckpointError, OsdError, OtherRunError
 from osd.online_config import OnlineConfig
 from osd.pace import Pace, is_busy, step_aside
 from osd.progress import Progress
@@ -82,7 +84,8 @@ def run(config: OnlineConfig, places: Places, stop: threading.Event) -> None:
         DraftsError, OsdError: if it cannot begin. What goes wrong later is logged and tried again.
     """
     check_device(config.device)
-    with alone(places.folder, "osd"), open_spool(places.spool) as spool:
+    name = read_manifest(places.ensemble).name
+    with alone(places.folder, "osd"), open_spool(places.spool, name=name) as spool:
         step_aside()
         torch.set_num_threads(config.threads)
         OnlineTrainer(config, places, spool).follow_traffic(stop)
@@ -100,15 +103,15 @@ class OnlineTrainer:
         self.ensemble = load_ensemble(places.ensemble)
         current = first_version(self.store, self.ensemble, places.folder)
         count = len(checkpoints(self.ensemble))
-        self.progress = Progress.new(current.name, count)
+        self.progress = Progress.new(current.name, count, spool.identity())
         self.reporter = Reporter(self.control)
         self.reporter.report("starting", self.progress)
         target = self.ensemble.target_path
+        reference = self._read_corpus(target, count)
         self.teacher = open_teacher(
             target, config.posterior, config.dtype, config.device, places.folder / "svd"
         )
         self.fresh = FreshStates(self.teacher, self.ensemble.hidden_layers)
-        reference = self._read_corpus(target, count)
         work = places.folder
         self.reviewer = Reviewer(
             config, self.ensemble, self.store, self.teacher, self.fresh, reference, work
@@ -116,7 +119,7 @@ class OnlineTrainer:
         self.metric_dd = target_metric(self.fresh, reference, self.teacher, config.measured_tokens)
         # Of what a checkpoint is: students of another model are none of these.
         self.fixed = {"ensemble": self.ensemble.manifest.name, "students": count}
-        self._go_on(current)
+        self._go_on(current, spool)
         self.traffic = Traffic(spool, self.progress.positions, config)
         self._follow_store()
         self._looked, self._paused, self._saved = float("-inf"), False, ""
@@ -127,9 +130,13 @@ class OnlineTrainer:
         while not stop.is_set():
             started, worked = time.monotonic(), self._work_clock()
             try:
+                if not self.pace.rest(stop, _LOOK_EVERY_S):
+                    self._look()  # resting can take long: who pauses it, or deletes, is heard
+                    self.reporter.report_now_and_then("resting", self.progress, self.traffic)
+                    continue
                 activity = self.round()
                 failures = 0
-            except (OSError, SafetensorError, SpoolError, DraftsError) as error:
+            except (OSError, SafetensorError, OsdError, DraftsError) as error:
                 # A full disk, a store or a spool that is away: what is in memory goes on later.
                 wait = _STUCK_S[min(failures, len(_STUCK_S) - 1)]
                 logger.error("%s; trying again in %g s", error, wait)
@@ -141,7 +148,6 @@ class OnlineTrainer:
                 stop.wait(_LOOK_EVERY_S)
             else:
                 self.pace.worked(self._work_clock() - worked, time.monotonic() - started)
-                self.pace.rest(stop)
         try:
             self.save()
             self.reporter.report("stopped", self.progress, self.traffic)
@@ -157,11 +163,7 @@ class OnlineTrainer:
 
     def round(self) -> Activity:
         """Do the next thing, and say what it was."""
-        if time.monotonic() - self._looked > _LOOK_EVERY_S:
-            self._follow_store()
-            self._paused = self.control.paused() is not None
-            self.traffic.pull()
-            self._looked = time.monotonic()
+        self._look()
         activity = self._next()
         self.reporter.report_now_and_then(activity, self.progress, self.traffic)
         if activity == "training":
@@ -172,6 +174,14 @@ class OnlineTrainer:
         if activity in ("waiting", "paused") or self._is_due():
             self.save()
         return activity
+
+    def _look(self) -> None:
+        """Every few seconds: what others have chosen, and what has come."""
+        if time.monotonic() - self._looked > _LOOK_EVERY_S:
+            self._follow_store()
+            self._paused = self.control.paused() is not None
+            self.traffic.pull()
+            self._looked = time.monotonic()
 
     def _next(self) -> Activity:
         if self._paused:
@@ -209,7 +219,8 @@ class OnlineTrainer:
                 rate=config.learning_rate * progress.rate * warmth,
                 clip_norm=config.clip_norm,
             )
-        except Diverged as error:
+        except (Diverged, RuntimeError) as error:  # the latter is torch's, whatever it was
+            self.optimisers[number].zero_grad()
             progress.diverged += 1
             logger.warning("student %d, step %d: %s; it is left out", number, index, error)
             return
@@ -261,6 +272,9 @@ class OnlineTrainer:
         review = self.reviewer.review(
             folder, self._held_out(), serving=self.progress.base, first=self.progress.first
         )
+        if self._is_overruled():
+            logger.info("version %s is dropped: somebody has chosen otherwise meanwhile", name)
+            return
         after = self._after(name, review)
         about: dict[str, Any] = {
             "made by": "online stochastic distillation",
@@ -282,12 +296,28 @@ class OnlineTrainer:
             logger.info("its calibration: %s", review.calibration)
             self.progress = after
         self.save()
-        self.store.prune(self.config.keep_versions, [after.first, after.base])
+        self._tidy()
+
+    def _is_overruled(self) -> bool:
+        """Whether somebody chose another version, or a pause, while this one was measured."""
+        self._paused = self.control.paused() is not None
+        return self._paused or self.store.current_name() != self.progress.base
+
+    def _tidy(self) -> None:
+        """Keep so many versions that served, and so many that did not; here, what the store has."""
+        served = [v.name for v in self.store.versions() if not v.about.get("refused")]
+        spared = [self.progress.first, self.progress.base, *served[-self.config.keep_versions :]]
+        self.store.prune(self.config.keep_versions, spared)
+        kept = {version.name for version in self.store.versions()}
+        for folder in (self.places.folder / "versions").iterdir():
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _after(self, name: str, review: Review) -> Progress:
         after = self.progress.model_copy(deep=True)
         after.positions = list(self.traffic.positions)
         after.since = 0
+        after.judged = self.traffic.last
         after.last_verdict = LastVerdict(
             version=name,
             verdict="refused" if review.reasons else "published",
@@ -313,6 +343,8 @@ class OnlineTrainer:
             progress.watched = None
             return
         reason, now = self.reviewer.watch(fresh, serving=version.name, parent=version.parent)
+        if self._is_overruled():
+            return
         progress.watched, progress.traffic = None, now._asdict()
         if reason is None:
             return
@@ -334,8 +366,9 @@ class OnlineTrainer:
         return fresh if len(fresh) >= self.config.least_held_out else []
 
     def _may_judge(self) -> bool:
-        enough = len(self._held_out()) >= self.config.least_held_out
-        return enough and self.progress.since >= self.config.publish_every
+        # Of what has come since the last verdict, or a client could have it judged on old texts.
+        fresh = len(self._held_out(self.progress.judged)) >= self.config.least_held_out
+        return fresh and self.progress.since >= self.config.publish_every
 
     def _held_out(self, after: str | None = None) -> list[Text]:
         shortest = self.config.measured_tokens
@@ -366,11 +399,16 @@ class OnlineTrainer:
         """The progress to go on with from a version: the later one of its and this trainer's."""
         mine = self.progress
         told = version.about.get("progress")
-        if told is None:
+        its = None
+        if told is not None:
+            try:
+                its = self._read_progress(told)
+            except CheckpointError as error:
+                logger.warning("version %s: %s", version.name, error)
+        if its is None:
             mine.first = version.name  # made elsewhere: bounds are taken from it
         else:
-            its = Progress.model_validate(told)
-            if its.base == version.name and its.step >= mine.step:
+            if its.spool == mine.spool and its.base == version.name and its.step >= mine.step:
                 return its  # this trainer was killed between publishing it and its checkpoint
         mine.since, mine.watched, mine.traffic = 0, None, None
         mine.reference = version.about.get("reference")
@@ -409,7 +447,13 @@ class OnlineTrainer:
     def _is_due(self) -> bool:
         return self.progress.step % self.config.checkpoint_every == 0
 
-    def _go_on(self, current: Version) -> None:
+    def _read_progress(self, told: Any) -> Progress:
+        try:
+            return Progress.model_validate(told)
+        except ValidationError as error:
+            raise CheckpointError(f"a progress of another demur ({error})") from error
+
+    def _go_on(self, current: Version, spool: Spool) -> None:
         """From the last whole checkpoint, or from the current version."""
         folder = self.places.folder
         self._start_from(current, self.progress)
@@ -418,15 +462,25 @@ class OnlineTrainer:
                 modules = [student.module for student in self.students]
                 checkpoint.load_last(folder, self.fixed, modules, self.optimisers)
                 told = checkpoint.read_progress(folder)
+                found = self._read_progress(told) if told else None
                 break
+            except OtherRunError:
+                raise  # it is whole: whoever named another ensemble by mistake wants it back
             except CheckpointError as error:
                 # The one before has positions of its own: nothing is lost with this one but time.
                 logger.warning("%s", error)
                 checkpoint.drop_last(folder)
-        if told:
-            self.progress = Progress.model_validate(told)
-        else:
+        if found is None:
             self._start_from(current, self._progress_of(current))
+            return
+        if found.spool != spool.identity():
+            logger.warning("this is another spool: reading it from its start")
+            fresh = Progress.new(found.base, len(found.positions), spool.identity())
+            found = found.model_copy(
+                update={"spool": fresh.spool, "positions": fresh.positions, "judged": fresh.judged}
+            )
+            found.watched = None
+        self.progress = found
 
     def _read_corpus(self, target: Path, count: int) -> list[Text]:
         """Sets `replay`, a list of texts for each student; returns the reference set."""

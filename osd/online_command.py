@@ -24,10 +24,11 @@ def osd(
         Path | None, typer.Option(help="folder with demur.json; default: the one of `demur init`")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(help="the drafts' versions, folder or URL; default: in --folder")
+        str | None,
+        typer.Option(envvar="DEMUR_DRAFTS_STORE", help="the drafts' versions, folder or URL"),
     ] = None,
     spool: Annotated[
-        str | None, typer.Option(help="path or redis:// URL; default: in --folder")
+        str | None, typer.Option(envvar="DEMUR_SPOOL", help="path or redis:// URL of the spool")
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="the trainer's own; default: in the user's cache folder")
@@ -42,7 +43,7 @@ def osd(
     config: Annotated[
         Path | None, typer.Option(help="YAML file; docs/osd.md has its fields")
     ] = None,
-    child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Keep the drafts aligned to the traffic, while services answer it (docs/osd.md)."""
     from osd.online import Places, run
@@ -56,10 +57,10 @@ def osd(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if child:
-        threading.Thread(target=_end_with_parent, args=(os.getppid(), stop), daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent, stop), daemon=True).start()
     chosen = (ensemble or default_folder()).expanduser()
-    base = default_folder().parent / "osd"
+    base = default_folder().parent / "osd" / chosen.name
     places = Places(
         ensemble=chosen,
         store=store or str(base / "drafts"),
@@ -75,7 +76,7 @@ def osd(
         raise typer.Exit(1) from error
 
 
-def _end_with_parent(parent: int, stop: threading.Event) -> None:
+def _end_with(parent: int, stop: threading.Event) -> None:
     """A service that was killed has not told its trainer to stop."""
     while not stop.wait(_LOOK_EVERY_S):
         if os.getppid() != parent:

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class Load:
 
     def tell(self, pending: int) -> None:
         """Write how many requests are under way."""
-        os.pwrite(self._file, pending.to_bytes(8, "little"), 0)
+        with suppress(OSError):  # a trainer that does not know is no reason to fail a request
+            os.pwrite(self._file, pending.to_bytes(8, "little"), 0)
 
     def close(self) -> None:
         os.close(self._file)
@@ -78,14 +80,22 @@ class Pace:
         """
         self._owed += seconds - within * self._now()
 
-    def rest(self, stop: threading.Event) -> None:
-        """Rest until the work is within the share. A service that becomes idle shortens it."""
+    def rest(self, stop: threading.Event, most_s: float = float("inf")) -> bool:
+        """Rest until the work is within the share; a service that becomes idle shortens it.
+
+        Returns:
+            Whether it is, after at most so many seconds.
+        """
+        until = time.monotonic() + most_s
         while self._owed > 0 and not stop.is_set():
+            if time.monotonic() >= until:
+                return False
             share = self._now()
             started = time.monotonic()
             stop.wait(min(_SLICE_S, self._owed / share))
             self._owed -= (time.monotonic() - started) * share
         self._owed = 0.0
+        return True
 
     def _now(self) -> float:
         return self._busy_share if self._busy() else self._share

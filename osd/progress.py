@@ -19,13 +19,15 @@ class Progress(BaseModel):
 
     base: str  # the version that the weights descend from
     first: str  # the one that the gate's bounds are taken from
-    positions: list[str]  # in the spool, of each student's last text
+    spool: str  # its identity
+    positions: list[str]  # in it, of each student's last text
     steps: list[int]  # of each student
     texts: list[int]  # of the traffic, that each student has learned from
     since: int = 0  # steps of all students since the base
     warm: int = 0  # steps of all students since their optimisers were new
     rate: float = 1.0  # share of the learning rate; halved by each refusal
     watched: str | None = None  # the base went live at this position, and is watched
+    judged: str = START  # the position at the last verdict
     skipped: int = 0
     diverged: int = 0
     published: int = 0
@@ -37,11 +39,12 @@ class Progress(BaseModel):
     traffic: dict[str, float] | None = None  # and on held-out traffic, when last measured
 
     @classmethod
-    def new(cls, version: str, students: int) -> Progress:
+    def new(cls, version: str, students: int, spool: str) -> Progress:
         """Before the first step."""
         return cls(
             base=version,
             first=version,
+            spool=spool,
             positions=[START] * students,
             steps=[0] * students,
             texts=[0] * students,

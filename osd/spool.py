@@ -64,8 +64,8 @@ class Spool(Protocol):
         """The last entries, oldest first."""
         ...
 
-    def count_after(self, position: str) -> int:
-        """How many entries stand behind a position."""
+    def identity(self) -> str:
+        """A name that no other spool has: positions in this one mean nothing in another."""
         ...
 
     def trim(self) -> int:
@@ -100,8 +100,11 @@ def order(position: str) -> tuple[int, int]:
     return int(first), int(second or 0)
 
 
-def open_spool(where: str, limits: Limits | None = None) -> Spool:
+def open_spool(where: str, limits: Limits | None = None, name: str = "demur") -> Spool:
     """The spool at a path (SQLite) or a `redis://`, `rediss://` or `unix://` URL (Redis Streams).
+
+    Args:
+        name: of the model whose traffic it is; in a Redis, keys begin with it.
 
     Raises:
         SpoolError: if it cannot be used.
@@ -110,7 +113,7 @@ def open_spool(where: str, limits: Limits | None = None) -> Spool:
     if where.startswith(("redis://", "rediss://", "unix://")):
         from osd.spool_redis import RedisSpool
 
-        return RedisSpool(where, limits)
+        return RedisSpool(where, limits, name)
     from osd.spool_sqlite import SqliteSpool
 
     return SqliteSpool(where, limits)

@@ -1,6 +1,6 @@
 """The traffic spool as a Redis stream: any number of machines share it.
 
-Keys: `<prefix>:traffic` (the stream), `<prefix>:bytes`, `<prefix>:cleared`. What was appended
+Keys: `<prefix>:traffic` (the stream), `:bytes`, `:cleared`, `:identity`. What was appended
 outlives a Redis that is killed if it runs with `appendonly yes`; without that, a warning says so.
 Age is by Redis's own clock, in which a stream's ids never go back.
 """
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 5.0
 _AT_ONCE = 64
-_PAGE = 1000
 _OVERHEAD = 64  # bytes of an entry beside its token ids
 _SEEN_S = 3600  # for how long a batch's name is remembered
 # All or none, and once: an answer that was lost on its way does not say whether it was done.
@@ -36,6 +35,16 @@ if redis.call('SET', KEYS[3], 1, 'NX', 'EX', ARGV[2]) then
     end
     redis.call('INCRBY', KEYS[2], ARGV[1])
 end
+"""
+_DROP = """
+local dropped = 0
+for i = 1, #ARGV, 2 do
+    if redis.call('XDEL', KEYS[1], ARGV[i]) == 1 then
+        redis.call('DECRBY', KEYS[2], ARGV[i + 1])
+        dropped = dropped + 1
+    end
+end
+return dropped
 """
 
 
@@ -48,10 +57,10 @@ class RedisSpool:
         prefix: of its keys.
     """
 
-    def __init__(self, url: str, limits: Limits, prefix: str = "demur") -> None:
+    def __init__(self, url: str, limits: Limits, prefix: str) -> None:
         self.limits = limits
-        self._stream, self._bytes, self._cleared = (
-            f"{prefix}:{name}" for name in ("traffic", "bytes", "cleared")
+        self._stream, self._bytes, self._cleared, self._identity = (
+            f"{prefix}:{name}" for name in ("traffic", "bytes", "cleared", "identity")
         )
         with self._told():
             self._redis: Any = redis.Redis.from_url(
@@ -75,22 +84,17 @@ class RedisSpool:
             self._trim_size()
 
     def read(self, after: str, limit: int) -> list[Entry]:
+        start = _next(after)  # not "(id", for which START would be no id
         with self._told():
-            # Not "(id", for which START would be no id.
-            found = self._redis.xrange(self._stream, _next(after), "+", count=limit)
-        return _entries(found)
+            while found := self._redis.xrange(self._stream, start, "+", count=limit):
+                if entries := _entries(found):
+                    return entries
+                start = _next(found[-1][0].decode())  # none of them can be read
+        return []
 
     def newest(self, limit: int) -> list[Entry]:
         with self._told():
             return _entries(self._redis.xrevrange(self._stream, count=limit))[::-1]
-
-    def count_after(self, position: str) -> int:
-        count, start = 0, _next(position)
-        with self._told():
-            while found := self._redis.xrange(self._stream, start, "+", count=_PAGE):
-                count += len(found)
-                start = _next(found[-1][0].decode())
-        return count
 
     def trim(self) -> int:
         with self._told():
@@ -109,7 +113,17 @@ class RedisSpool:
             pipe.xtrim(self._stream, maxlen=0, approximate=False)
             pipe.set(self._bytes, 0)
             pipe.incr(self._cleared)
-            return int(pipe.execute()[0])
+            count = int(pipe.execute()[0])
+            try:
+                self._redis.bgrewriteaof()  # or the log would keep the texts
+            except redis.ResponseError as error:  # one is under way, or it is forbidden
+                logger.warning("Redis does not rewrite its log now: %s", error)
+            return count
+
+    def identity(self) -> str:
+        with self._told():
+            self._redis.set(self._identity, uuid.uuid4().hex, nx=True)
+            return str(self._redis.get(self._identity).decode())
 
     def cleared(self) -> int:
         with self._told():
@@ -148,12 +162,11 @@ class RedisSpool:
         return dropped
 
     def _drop(self, found: list[Any]) -> int:
-        """Drop entries. Two that trim at once may both count one; the size is then a little low."""
-        size = sum(len(fields.get(b"ids", b"")) + _OVERHEAD for _, fields in found)
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.xdel(self._stream, *(position for position, _ in found))
-        pipe.decrby(self._bytes, size)
-        return int(pipe.execute()[0])
+        """Drop entries; of two that trim at once, one counts each."""
+        arguments: list[object] = []
+        for position, fields in found:
+            arguments += [position, len(fields.get(b"ids", b"")) + _OVERHEAD]
+        return int(self._redis.eval(_DROP, 2, self._stream, self._bytes, *arguments))
 
     def _warn_if_volatile(self) -> None:
         try:

@@ -36,7 +36,8 @@ CREATE TABLE IF NOT EXISTS conversations (
 );
 CREATE INDEX IF NOT EXISTS by_age ON conversations (created);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value);
-INSERT OR IGNORE INTO facts VALUES ('format', 1), ('bytes', 0), ('cleared', 0), ('clock', '');
+INSERT OR IGNORE INTO facts VALUES
+    ('identity', lower(hex(randomblob(16)))), ('bytes', 0), ('cleared', 0), ('clock', '');
 CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON conversations BEGIN
     UPDATE facts SET value = value + 64 + length(NEW.token_ids) WHERE name = 'bytes';
 END;
@@ -47,6 +48,7 @@ END;
 _BUSY_S = 10.0
 _JUMP_S = 30.0  # a clock that is corrected by less is let alone
 _AT_ONCE = 64  # entries that are dropped for size before it is looked at again
+_Row = tuple[int, int, int, bytes]
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -81,6 +83,7 @@ class SqliteSpool:
         now = time.time()
         rows = [(now, text.key, text.response_start, _packed(text.token_ids)) for text in texts]
         with self._transaction():
+            self._follow_clock()
             self._db.executemany(
                 "INSERT INTO conversations (created, key, response_start, token_ids) "
                 "VALUES (?, ?, ?, ?)",
@@ -89,17 +92,19 @@ class SqliteSpool:
             self._trim_size()
 
     def read(self, after: str, limit: int) -> list[Entry]:
-        return self._entries("WHERE id > ? ORDER BY id LIMIT ?", (order(after)[0], limit))
+        start = order(after)[0]
+        while rows := self._rows("WHERE id > ? ORDER BY id LIMIT ?", (start, limit)):
+            if entries := self._entries(rows):
+                return entries
+            start = rows[-1][0]  # none of them can be read: on to the next
+        return []
 
     def newest(self, limit: int) -> list[Entry]:
-        return self._entries("ORDER BY id DESC LIMIT ?", (limit,))[::-1]
+        return self._entries(self._rows("ORDER BY id DESC LIMIT ?", (limit,)))[::-1]
 
-    def count_after(self, position: str) -> int:
+    def identity(self) -> str:
         with self._told(), self._lock:
-            rows = self._db.execute(
-                "SELECT count(*) FROM conversations WHERE id > ?", (order(position)[0],)
-            )
-            return int(rows.fetchone()[0])
+            return self._fact("identity")
 
     def trim(self) -> int:
         with self._transaction():
@@ -143,11 +148,13 @@ class SqliteSpool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _entries(self, which: str, values: tuple[int, ...]) -> list[Entry]:
+    def _rows(self, which: str, values: tuple[int, ...]) -> list[_Row]:
         with self._told(), self._lock:
-            rows = self._db.execute(
+            return self._db.execute(
                 f"SELECT id, key, response_start, token_ids FROM conversations {which}", values
             ).fetchall()
+
+    def _entries(self, rows: Sequence[_Row]) -> list[Entry]:
         entries = []
         for row, key, response_start, packed in rows:
             try:

@@ -65,7 +65,7 @@ class Reporter:
                 waiting=waiting,
                 skipped=progress.skipped,
                 diverged=progress.diverged,
-                held_out=0 if traffic is None else len(traffic.held_out),
+                held_out=0 if traffic is None else len(traffic.held_out_after()),
                 published=progress.published,
                 refused=progress.refused,
                 taken_back=progress.taken_back,

@@ -1,14 +1,14 @@
 """What the online trainer reads of the spool: texts for each draft, and some that none learns from.
 
 A conversation belongs to one student, by the same hash that cuts training data (DDD). Some are
-held out, by other bits of that hash. Each student's position in the spool moves as it takes texts,
-and is kept by the trainer with the weights that came of them: so each text is learned from once,
-whenever the trainer is killed.
+held out, by a hash that clients cannot foresee. Each student's position in the spool moves as it
+takes texts, and is kept by the trainer with the weights that came of them: so each text is learned
+from once, whenever the trainer is killed.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 
 from osd.corpus import Text
 from osd.online_config import OnlineConfig
@@ -28,7 +28,9 @@ class Traffic:
     """
 
     def __init__(self, spool: Spool, positions: list[str], config: OnlineConfig) -> None:
-        self.held_out: deque[Entry] = deque(maxlen=config.held_out_texts)
+        # One text a conversation, the latest ones last.
+        self._held_out: OrderedDict[int, Entry] = OrderedDict()
+        self._salt = spool.identity()
         self._spool = spool
         self._config = config
         self._skipped = 0
@@ -40,7 +42,7 @@ class Traffic:
         self.positions = list(positions)
         self._waiting: list[deque[Entry]] = [deque() for _ in positions]
         self._read = min(positions, key=order)
-        self.held_out.clear()
+        self._held_out.clear()
         # Those that were read before, and are kept in no checkpoint.
         for entry in self._spool.newest(
             2 * self._config.held_out_one_in * self._config.held_out_texts
@@ -52,8 +54,9 @@ class Traffic:
         """Read what has come."""
         if (cleared := self._spool.cleared()) != self._cleared:
             self._cleared = cleared
-            for queue in (*self._waiting, self.held_out):
+            for queue in self._waiting:
                 queue.clear()
+            self._held_out.clear()
         while entries := self._spool.read(self._read, _PAGE):
             for entry in entries:
                 self._read = entry.position
@@ -84,7 +87,7 @@ class Traffic:
     def held_out_after(self, position: str | None = None) -> list[Text]:
         """Held-out texts that came behind a position; None: all that are kept."""
         after = order(position or START)
-        return [entry.text for entry in self.held_out if order(entry.position) > after]
+        return [entry.text for entry in self._held_out.values() if order(entry.position) > after]
 
     @property
     def last(self) -> str:
@@ -92,19 +95,29 @@ class Traffic:
         return self._read
 
     def _keep_if_held_out(self, entry: Entry) -> bool:
-        held_out = is_held_out(entry.text.key, self._config.held_out_one_in)
-        if held_out:
-            self.held_out.append(entry)
-        return held_out
+        key = entry.text.key
+        if not is_held_out(key, self._config.held_out_one_in, self._salt):
+            return False
+        self._held_out.pop(key, None)
+        self._held_out[key] = entry
+        if len(self._held_out) > self._config.held_out_texts:
+            self._held_out.popitem(last=False)
+        return True
 
     def _deal(self, entry: Entry) -> None:
         count = len(self._waiting)
+        text = entry.text
+        cut = entry
+        if text.response_start < self._config.max_tokens < len(text.token_ids):
+            # What waits is held in memory.
+            ids = text.token_ids[: self._config.max_tokens]
+            cut = Entry(entry.position, text.model_copy(update={"token_ids": ids}))
         own = [shard_of(entry.text.key, count)] if self._config.diverse else range(count)
         for student in own:
             if order(entry.position) <= order(self.positions[student]):
                 continue  # learned from, before a restart
             queue = self._waiting[student]
-            queue.append(entry)
+            queue.append(cut)
             if len(queue) > self._config.max_backlog:
                 queue.popleft()
                 self._skipped += 1

@@ -36,8 +36,8 @@ class Admission:
                 "try again later",
                 retry_after_s=1 + self.pending // 100,
             )
-        self._add(items)
         try:
+            self._add(items)
             yield
         finally:
             self._add(-items)

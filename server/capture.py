@@ -59,7 +59,8 @@ class Capture:
         """Keep a conversation, if there is room and it did not come before. Never waits."""
         if response_start < 1 or response_start >= len(token_ids):
             return  # nothing to learn from, or from nothing
-        if self._came_before(hash((response_start, *token_ids))):
+        known, digest = self._known, hash((response_start, *token_ids))
+        if _came_before(known, digest):
             metrics.CAPTURED.labels("repeated").inc()
             return
         try:
@@ -67,6 +68,7 @@ class Capture:
                 Text(key=key, response_start=response_start, token_ids=token_ids)
             )
         except queue.Full:
+            known.pop(digest, None)  # it may come again
             metrics.CAPTURED.labels("dropped").inc()
         self._came.set()
 
@@ -84,7 +86,7 @@ class Capture:
                 while True:
                     self._queue.get_nowait()
                     dropped += 1
-            self._known.clear()
+            self._known = OrderedDict()
         return dropped
 
     def end(self, within_s: float) -> None:
@@ -96,15 +98,6 @@ class Capture:
         if left := self.forget():
             metrics.CAPTURED.labels("dropped").inc(left)
             logger.warning("%d conversations were not written to the spool: %s", left, self.error)
-
-    def _came_before(self, digest: int) -> bool:
-        if digest in self._known:
-            self._known.move_to_end(digest)
-            return True
-        self._known[digest] = None
-        if len(self._known) > _KNOWN:
-            self._known.popitem(last=False)
-        return False
 
     def _run(self) -> None:
         spool: Spool | None = None
@@ -119,7 +112,9 @@ class Capture:
                 if time.monotonic() - trimmed > _TRIM_EVERY_S:
                     spool.trim()
                     trimmed = time.monotonic()
-            except SpoolError as error:
+            except Exception as error:  # the thread must outlive whatever it was
+                if not isinstance(error, SpoolError):
+                    logger.exception("unexpected error while writing to the spool")
                 self._failed(error)
                 self._ending.wait(_WAITS_S[min(failures, len(_WAITS_S) - 1)])
                 failures += 1
@@ -140,7 +135,7 @@ class Capture:
     def _in_time(self) -> bool:
         return time.monotonic() < self._end_by
 
-    def _failed(self, error: SpoolError) -> None:
+    def _failed(self, error: Exception) -> None:
         metrics.SPOOL_ERRORS.inc()
         if self.error is None:
             logger.error("%s; conversations wait, and are dropped once too many do", error)
@@ -156,3 +151,13 @@ class Capture:
                 while len(texts) < _AT_ONCE:
                     texts.append(self._queue.get_nowait())
             return _Batch(texts, uuid.uuid4().hex, self._forgotten)
+
+
+def _came_before(known: OrderedDict[int, None], digest: int) -> bool:
+    """Whether a text is known; from now on it is."""
+    before = digest in known
+    known[digest] = None
+    known.move_to_end(digest)
+    if len(known) > _KNOWN:
+        known.popitem(last=False)
+    return before

@@ -14,6 +14,7 @@ from drafts.manifest import Ensemble
 from drafts.store import DraftsStore, Version
 from osd.publish import first_version, open_version
 from server import metrics
+from server.aside import aside
 from server.served import Served
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Follower:
                 engine then serves on as it did.
         """
         async with self._one_at_a_time:
-            current = await asyncio.to_thread(first_version, self.store, self._ensemble, self._work)
+            current = await aside(first_version, self.store, self._ensemble, self._work)
             metrics.CURRENT_VERSION.clear()
             metrics.CURRENT_VERSION.labels(self._served.engine.weights_version).set(1)
             if current.name == self._served.engine.weights_version:
@@ -67,7 +68,7 @@ class Follower:
 
     async def _serve(self, version: Version) -> None:
         started = time.monotonic()
-        opened, calibration = await asyncio.to_thread(self._open, version)
+        opened, calibration = await aside(self._open, version)
         before = self._served.engine.weights_version
         # Before the swap: from its first answer on, a version is judged by its own calibration.
         self._served.calibrate(version.name, calibration)
@@ -77,7 +78,14 @@ class Follower:
         metrics.CURRENT_VERSION.clear()
         metrics.CURRENT_VERSION.labels(version.name).set(1)
         logger.info("serving drafts %s, before %s", version.name, before)
-        await asyncio.to_thread(self._tidy, {version.name, before})
+        try:
+            await aside(self._tidy, {version.name, before})
+        except (OSError, DraftsError) as error:  # it serves; old copies can wait
+            logger.warning("old versions are not removed: %s", error)
+
+    async def check(self, name: str) -> None:
+        """Raise what is wrong with a version, if anything is; nothing changes."""
+        await aside(lambda: self._open(self.store.version(name)))
 
     def _open(self, version: Version) -> tuple[Ensemble, Calibration | None]:
         opened = open_version(self.store, version, self._ensemble, self._work)
@@ -105,4 +113,6 @@ async def follow(follower: Follower, every_s: float) -> None:
             if str(error) != problem:
                 logger.error("the drafts store: %s; serving on with what serves", error)
             problem = str(error)
+        except Exception:
+            logger.exception("unexpected error while following the drafts store")
         await asyncio.sleep(every_s)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from server import metrics
 from server.admission import Admission
 from server.capture import Capture
-from server.choice import Choice, Job, Part
+from server.choice import Choice, Job, Part, Prompt
 from server.errors import ApiError, DeadlineExceeded
 from server.served import Served, told_to_clients
 from server.settings import Settings
@@ -56,14 +56,16 @@ class Generator:
         outcome = "cancelled"
         # A bound on each request, so that one with many choices leaves the engine room for others.
         room = asyncio.Semaphore(self.settings.batch_concurrency)
+        done: list[tuple[Prompt, Choice]] = []
         try:
             async with (
                 asyncio.timeout(self.settings.request_timeout_s),
                 asyncio.TaskGroup() as group,
             ):
                 for index in range(job.n_choices):
-                    group.create_task(self._choice(job, index, parts, room))
+                    group.create_task(self._choice(job, index, parts, room, done))
             outcome = "ok"
+            self._keep(job, done)
         except TimeoutError:
             outcome = DeadlineExceeded.code
             raise DeadlineExceeded(
@@ -78,9 +80,14 @@ class Generator:
             parts.put_nowait(None)
 
     async def _choice(
-        self, job: Job, index: int, parts: asyncio.Queue[Part | None], room: asyncio.Semaphore
+        self,
+        job: Job,
+        index: int,
+        parts: asyncio.Queue[Part | None],
+        room: asyncio.Semaphore,
+        done: list[tuple[Prompt, Choice]],
     ) -> None:
-        """One choice from its first token to its last."""
+        """One choice from its first token to its last; it is then put with those that are done."""
         prompt = job.prompts[index // job.n]
         choice = Choice(self.served, job, prompt)
         metrics.TOKENS.labels("prompt").inc(len(prompt.token_ids))
@@ -101,6 +108,11 @@ class Generator:
         parts.put_nowait(choice.last_part(index, pieces))
         metrics.TOKENS.labels("generated").inc(choice.n_generated)
         metrics.GENERATIONS.labels(choice.finish_reason).inc()
+        done.append((prompt, choice))
+
+    def _keep(self, job: Job, done: list[tuple[Prompt, Choice]]) -> None:
+        """Offer the choices of a job that has ended well for distillation, if that is allowed."""
         if self.capture is not None and job.store:
-            ids = prompt.token_ids + choice.token_ids
-            self.capture.offer(prompt.conversation, ids, len(prompt.token_ids))
+            for prompt, choice in done:
+                ids = prompt.token_ids + choice.token_ids
+                self.capture.offer(prompt.conversation, ids, len(prompt.token_ids))

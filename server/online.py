@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from drafts.errors import DraftsError
 from drafts.manifest import load_ensemble
@@ -16,6 +16,7 @@ from osd.pace import Load
 from osd.spool import Limits, Spool, open_spool
 from server import metrics, schemas
 from server.admission import Admission
+from server.aside import aside
 from server.capture import Capture
 from server.errors import BadRequest, NotFound, NotReady
 from server.follower import Follower, follow
@@ -34,7 +35,8 @@ class Online:
     def __init__(self, settings: Settings, served: Served, admission: Admission) -> None:
         self.settings = settings
         self._admission = admission
-        self._folder = settings.osd_folder.expanduser()
+        self._folder = settings.osd_place
+        self._name = served.engine.manifest.name
         self._tasks: list[asyncio.Task[None]] = []
         self._spool: Spool | None = None
         self._load: Load | None = None
@@ -53,8 +55,11 @@ class Online:
         """Start all parts. A store or spool that is away does not keep the service from serving."""
         if self.capture is not None:
             self.capture.start()
-            self._load = Load(self._folder / "load")
-            self._admission.tell = self._load.tell
+            try:
+                self._load = Load(self._folder / "load")
+                self._admission.tell = self._load.tell
+            except OSError as error:  # the trainer will not know that this service is busy
+                logger.error("the load cannot be told: %s", error)
         if self.follower is not None:
             try:
                 await self.follower.look()
@@ -72,7 +77,7 @@ class Online:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.capture is not None:
-            await asyncio.to_thread(self.capture.end, _FLUSH_S)
+            await aside(self.capture.end, _FLUSH_S)
         if self._load is not None:
             self._admission.tell = None
             self._load.close()
@@ -85,7 +90,15 @@ class Online:
         if follower is None:
             raise BadRequest("this service follows no drafts store (osd is off)", code="osd_off")
         with _told_to_clients():
-            await asyncio.to_thread(_make_current, follower.store, version)
+            name = await aside(_to_go_back_to, follower.store, version)
+        try:
+            await follower.check(name)
+        except DraftsError as error:
+            raise BadRequest(
+                f"version {name} cannot be used: {error}", code="unusable_version"
+            ) from error
+        with _told_to_clients():
+            await aside(_make_current, follower.store, name)
             await follower.look(again=True)
 
     async def versions(self) -> list[schemas.DraftVersion] | None:
@@ -93,19 +106,19 @@ class Online:
         if self.follower is None:
             return None
         with _told_to_clients():
-            return await asyncio.to_thread(_versions, self.follower.store)
+            return await aside(_versions, self.follower.store)
 
     async def status(self) -> schemas.OsdStatus:
         """Everything that is known of it."""
         trainer, paused = None, None
         if self.control is not None:
             with _told_to_clients():
-                trainer = await asyncio.to_thread(self.control.status)
-                paused = await asyncio.to_thread(self.control.paused)
+                trainer = await aside(self.control.status)
+                paused = await aside(self.control.paused)
         return schemas.OsdStatus(
             mode=self.settings.osd,
             paused=paused,
-            spool=await asyncio.to_thread(self._spool_status),
+            spool=await aside(self._spool_status),
             trainer_alive=_is_alive(trainer),
             trainer=trainer,
         )
@@ -115,17 +128,17 @@ class Online:
         control = self.required_control()
         with _told_to_clients():
             if reason is None:
-                await asyncio.to_thread(control.resume)
+                await aside(control.resume)
             else:
-                await asyncio.to_thread(control.pause, reason)
+                await aside(control.pause, reason)
 
     async def clear(self) -> int:
         """Drop all conversations: those in the spool, and those on their way into it."""
         if self.capture is None:
             raise BadRequest("this service keeps no conversations (osd is off)", code="osd_off")
-        waiting = await asyncio.to_thread(self.capture.forget)
+        waiting = await aside(self.capture.forget)
         with _told_to_clients():
-            return waiting + await asyncio.to_thread(lambda: self._shared_spool().clear())
+            return waiting + await aside(lambda: self._shared_spool().clear())
 
     def required_control(self) -> Control:
         """The trainer's control; `BadRequest` if nothing is followed here."""
@@ -135,7 +148,7 @@ class Online:
 
     def _open_spool(self) -> Spool:
         limits = Limits(self.settings.spool_max_bytes, self.settings.spool_max_age_s)
-        return open_spool(self.settings.spool_place, limits)
+        return open_spool(self.settings.spool_place, limits, self._name)
 
     def _shared_spool(self) -> Spool:
         """For status and clearing; the capture's thread has its own."""
@@ -157,26 +170,37 @@ class Online:
 
     async def _observe(self, every_s: float) -> None:
         while True:
-            with suppress(BadRequest, NotReady):
+            try:
                 metrics.observe_osd(await self.status())
+            except NotReady as error:
+                logger.debug("%s", error)
+            except Exception:
+                logger.exception("unexpected error while observing online distillation")
             await asyncio.sleep(every_s)
 
 
-def _make_current(store: DraftsStore, name: str | None) -> None:
-    current = store.current()
-    name = name or current.parent
+def _to_go_back_to(store: DraftsStore, name: str | None) -> str:
+    """The version that is asked for, or the current one's parent."""
     if name is None:
-        raise BadRequest(f"{current.name} has no parent to go back to", code="no_parent")
+        current = store.current()
+        if current.parent is None:
+            raise BadRequest(f"{current.name} has no parent to go back to", code="no_parent")
+        return current.parent
     if name not in {version.name for version in store.versions()}:
         raise NotFound(f"there is no version {name} in the store", param="version")
-    if name != current.name:
-        store.withdraw(current.name, f"taken back by request, for {name}")
-        store.make_current(name)
-        logger.warning("version %s is taken back by request, for %s", current.name, name)
+    return name
+
+
+def _make_current(store: DraftsStore, name: str) -> None:
+    before = store.current_name()
+    store.make_current(name)
+    if before is not None and before != name:
+        logger.warning("version %s is taken back by request, for %s", before, name)
+        store.withdraw(before, f"taken back by request, for {name}")
 
 
 def _versions(store: DraftsStore) -> list[schemas.DraftVersion]:
-    current = store.current().name
+    current = store.current_name()
     return [
         schemas.DraftVersion(
             name=version.name,

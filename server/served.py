@@ -26,20 +26,24 @@ class Served:
     engine: ServingEngine
     encoder: TextEncoder
     created: int = field(default_factory=lambda: int(time.time()))
-    # Of each version of the drafts; the one that the service began with stands for all others.
-    calibration: Calibration | None = None
-    calibrations: dict[str, Calibration | None] = field(default_factory=dict)
+    calibration: Calibration | None = None  # of the version that it begins with
+    _calibrations: dict[str, Calibration | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._calibrations[self.engine.weights_version] = self.calibration
 
     def calibrate(self, weights_version: str, calibration: Calibration | None) -> None:
         """From a version on, its calibration counts; None: it gives no probability."""
-        self.calibrations.pop(weights_version, None)
-        self.calibrations[weights_version] = calibration
-        while len(self.calibrations) > _CALIBRATIONS:
-            del self.calibrations[next(iter(self.calibrations))]
+        serving = self.engine.weights_version
+        for name in (serving, weights_version):  # the last two
+            self._calibrations[name] = self._calibrations.pop(name, None)
+        self._calibrations[weights_version] = calibration
+        while len(self._calibrations) > _CALIBRATIONS:
+            del self._calibrations[next(iter(self._calibrations))]
 
     def calibration_of(self, weights_version: str) -> Calibration | None:
-        """What makes probabilities of what a version has measured."""
-        return self.calibrations.get(weights_version, self.calibration)
+        """What makes probabilities of what a version has measured; None if nothing does."""
+        return self._calibrations.get(weights_version)
 
     def check_model(self, model: str | None) -> None:
         """Raise `NotFound` if a request names another model."""

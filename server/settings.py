@@ -58,8 +58,8 @@ class Settings(BaseSettings, EngineConfig):
         default="off",
         description="capture: keep conversations for distillation; train: and start the trainer",
     )
-    osd_folder: Path = Field(
-        default_factory=lambda: default_folder().parent / "osd",
+    osd_folder: Path | None = Field(
+        default=None,
         description="where the spool, the drafts store and the trainer's files are by default",
     )
     osd_config: Path | None = Field(default=None, description="YAML file of the trainer")
@@ -122,16 +122,22 @@ class Settings(BaseSettings, EngineConfig):
         return self
 
     @property
+    def osd_place(self) -> Path:
+        """`osd_folder`; by default one of this ensemble's in the user's cache."""
+        named = self.osd_folder or default_folder().parent / "osd" / self.ensemble.name
+        return named.expanduser()
+
+    @property
     def store(self) -> str | None:
         """Where versions of the drafts are; None if nothing is followed."""
         if self.drafts_store is None and self.osd != "off":
-            return str(self.osd_folder.expanduser() / "drafts")
+            return str(self.osd_place / "drafts")
         return self.drafts_store
 
     @property
     def spool_place(self) -> str:
         """Where conversations go."""
-        return self.spool or str(self.osd_folder.expanduser() / "spool.sqlite")
+        return self.spool or str(self.osd_place / "spool.sqlite")
 
     @property
     def corpus(self) -> Path:

@@ -82,7 +82,9 @@ class State:
         try:
             online = await asyncio.to_thread(Online, self.settings, served, self.admission)
             await online.begin()
-        except DraftsError as error:
+        except Exception as error:  # as above
+            if not isinstance(error, DraftsError):
+                logger.exception("unexpected error while starting online distillation")
             self._fail(str(error), on_failure)
             await engine.shutdown()
             return

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 
 from server import metrics
 from server.settings import Settings
@@ -19,45 +20,57 @@ _GRACE_S = 30.0
 
 def command(settings: Settings) -> list[str]:
     """The command line of the trainer."""
-    folder = settings.osd_folder.expanduser()
+    folder = settings.osd_place
     arguments = {
         "--ensemble": settings.ensemble.expanduser(),
-        "--store": settings.store,
-        "--spool": settings.spool_place,
         "--folder": folder / "trainer",
         "--corpus": settings.corpus,
         "--load": folder / "load",
         "--config": settings.osd_config,
     }
     given = [str(part) for pair in arguments.items() if pair[1] is not None for part in pair]
-    return [sys.executable, "-m", "osd", *given, "--child"]
+    return [sys.executable, "-m", "osd", *given, "--parent", str(os.getpid())]
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Its environment: URLs can hold passwords, which a command line would show to everybody."""
+    assert settings.store is not None
+    places = {"DEMUR_DRAFTS_STORE": settings.store, "DEMUR_SPOOL": settings.spool_place}
+    return os.environ | places | {"TQDM_DISABLE": "1"}  # no bars in a log
 
 
 async def keep_training(settings: Settings) -> None:
     """Run the trainer until cancelled; it then gets a while to write its checkpoint."""
     deaths = 0
     while True:
-        started = asyncio.get_running_loop().time()
-        process = await asyncio.create_subprocess_exec(
-            *command(settings),
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-            env=os.environ | {"TQDM_DISABLE": "1"},  # no bars in a log
-        )
+        started = time.monotonic()
         try:
-            status = await process.wait()
-        finally:
-            if process.returncode is None:
-                process.terminate()
-                try:
-                    async with asyncio.timeout(_GRACE_S):
-                        await process.wait()
-                except TimeoutError:
-                    process.kill()
-        lived = asyncio.get_running_loop().time() - started
-        deaths = 0 if lived > _WELL_S else deaths
+            how = f"ended with status {await _train(settings)}"
+        except OSError as error:  # no process to be had
+            how = f"did not start ({error})"
+        deaths = 0 if time.monotonic() - started > _WELL_S else deaths
         wait = _WAITS_S[min(deaths, len(_WAITS_S) - 1)]
         deaths += 1
         metrics.TRAINER_DEATHS.inc()
-        logger.error("the trainer ended with status %d; starting it again in %g s", status, wait)
+        logger.error("the trainer %s; starting it again in %g s", how, wait)
         await asyncio.sleep(wait)
+
+
+async def _train(settings: Settings) -> int:
+    """One trainer, from its start to its end; its exit status."""
+    process = await asyncio.create_subprocess_exec(
+        *command(settings),
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment(settings),
+    )
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(_GRACE_S):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()

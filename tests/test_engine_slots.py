@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from drafts.engine import Engine
@@ -115,6 +116,22 @@ async def test_a_swap_waits_for_no_generation_and_changes_none_under_way(
     await engine.swap(versions["v1"])
 
 
+async def test_a_version_that_is_there_still_is_back_at_once(
+    engine: Engine, versions: dict[str, Path]
+) -> None:
+    """As after a version that is taken back: the one before has requests under way."""
+    [text] = some_texts(7, count=1)
+    assert engine.weights_version == "v1"
+    old = await start(engine)
+    await engine.swap(versions["v2"])
+    await engine.swap(versions["v1"])
+    assert not old.done()
+    score = await engine.score(*text)
+    assert score.weights_version == "v1"
+    assert_close([score], expected(versions["v1"], [text]))
+    check(await old, "v1", versions["v1"])
+
+
 async def test_many_swaps_under_load_fail_no_request_and_mix_nothing(
     engine: Engine, versions: dict[str, Path]
 ) -> None:
@@ -160,9 +177,13 @@ async def test_a_version_that_cannot_be_used_spoils_neither_slot(
     file = damaged / "b" / "model.safetensors"
 
     weights = load_file(file)
+    whole = dict(weights)
     weights["up.weight"][0, 0] = float("nan")
     save_file(weights, file)
     with pytest.raises(WeightsError, match="NaN"):
+        await engine.swap(damaged)
+    save_file(whole | {"up.weight": whole["up.weight"].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(WeightsError, match="float8_e4m3fn, which is not served"):
         await engine.swap(damaged)
     assert engine.weights_version == before
     scores = await asyncio.gather(*(engine.score(*text) for text in texts))

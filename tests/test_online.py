@@ -21,7 +21,7 @@ from drafts.manifest import load_ensemble
 from drafts.store import DraftsStore
 from osd import checkpoint
 from osd.corpus import Text
-from osd.errors import OsdError
+from osd.errors import OsdError, OtherRunError
 from osd.online import OnlineTrainer, run
 from osd.online_config import OnlineConfig
 from osd.shards import conversation_key, is_held_out, shard_of
@@ -68,7 +68,7 @@ def test_it_publishes_a_version_that_is_nearer_the_target_on_the_traffic(
     here = world.beside(tmp_path)
     with here.spool() as spool:
         spool.append(answers(here.target, NEW, 160, "new"))
-        gate = {"kl_margin": 0.05, "reference_margin": 0.5, "jsd_floor": 0.0}
+        gate = {"kl_margin": 0.2, "reference_margin": 0.5, "jsd_floor": 0.0}
         trainer = here.trainer(spool, gate=gate)
         before = weights(trainer)
         first = trainer.progress.base
@@ -86,7 +86,7 @@ def test_it_publishes_a_version_that_is_nearer_the_target_on_the_traffic(
     assert version.about["refused"] == []
     kl, was = (version.about[k]["kl_mixture"] for k in ("traffic", "serving, on traffic"))
     # The residual drafts of a random target know it on all texts alike.
-    assert kl < was * (1.0 if here.kind == "exit" else 1.05)
+    assert kl < was * (1.0 if here.kind == "exit" else 1.2)
     status = trainer.control.status()
     assert status is not None
     assert status.published == 1
@@ -116,15 +116,16 @@ def test_each_text_is_learned_from_by_one_draft_and_held_out_ones_by_none(
 
         trainer._lesson = watched  # type: ignore[method-assign]
         rounds(trainer, lambda: trainer._next() == "waiting")
+        salt = spool.identity()
     for number, texts in enumerate(seen):
         own = [
             text
             for text in traffic
-            if shard_of(text.key, 2) == number and not is_held_out(text.key, 4)
+            if shard_of(text.key, 2) == number and not is_held_out(text.key, 4, salt)
         ]
         assert texts == own[: len(own) // 2 * 2]  # the last one waits for a second
         assert trainer.progress.texts[number] == len(texts)
-    held_out = [text for text in traffic if is_held_out(text.key, 4)]
+    held_out = [text for text in traffic if is_held_out(text.key, 4, salt)]
     assert trainer.traffic.held_out_after() == held_out[-12:]
 
 
@@ -136,7 +137,8 @@ def test_without_ddd_every_draft_learns_from_everything(
         spool.append(traffic[:40])
         trainer = here.trainer(spool, publish_every=10_000, replay=0.0, texts=1, diverse=False)
         rounds(trainer, lambda: trainer._next() == "waiting")
-    learned = sum(not is_held_out(text.key, 4) for text in traffic[:40])
+        salt = spool.identity()
+    learned = sum(not is_held_out(text.key, 4, salt) for text in traffic[:40])
     assert trainer.progress.texts == [learned, learned]
 
 
@@ -467,12 +469,14 @@ def test_the_defaults_are_a_configuration() -> None:
 
 
 def test_the_corpus_and_the_traffic_share_their_hash() -> None:
-    """What trains on traffic must not be what was held out of it: the bits are independent."""
+    """Each shard has the same share held out, and and which, no client can tell."""
     keys = [conversation_key(prompt=str(number)) for number in range(4000)]
     for shard in range(4):
         own = [key for key in keys if shard_of(key, 4) == shard]
-        share = sum(is_held_out(key, 8) for key in own) / len(own)
+        share = sum(is_held_out(key, 8, "salt") for key in own) / len(own)
         assert 0.08 < share < 0.17
+    other = [is_held_out(key, 8, "another") for key in keys]
+    assert other != [is_held_out(key, 8, "salt") for key in keys]
 
 
 def test_traffic_of_the_old_kind_is_not_refused_for_being_old(exits: World, tmp_path: Path) -> None:
@@ -483,3 +487,96 @@ def test_traffic_of_the_old_kind_is_not_refused_for_being_old(exits: World, tmp_
         rounds(trainer, lambda: trainer.progress.refused or trainer.progress.published)
         assert trainer.progress.published == 1, trainer.progress.last_verdict
     assert open_spool(here.places.spool).stats().texts == 160
+
+
+def test_a_choice_that_was_made_while_a_version_was_judged_stands(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic[:80])
+        trainer = here.trainer(spool)
+        first = trainer.progress.base
+        rounds(trainer, lambda: trainer.progress.published)
+        second = trainer.progress.base
+        review = trainer.reviewer.review
+
+        def meanwhile(*arguments: Any, **named: Any) -> Any:
+            found = review(*arguments, **named)
+            trainer.store.make_current(first)
+            return found
+
+        trainer.reviewer.review = meanwhile  # type: ignore[method-assign]
+        spool.append(traffic[80:])
+        rounds(trainer, lambda: trainer.progress.base == first)
+        assert trainer.store.current().name == first
+        assert {version.name for version in trainer.store.versions()} == {first, second}
+
+        trainer.reviewer.review = lambda *a, **n: (  # type: ignore[method-assign]
+            trainer.control.pause("meanwhile"),
+            review(*a, **n),
+        )[1]
+        spool.append(answers(exits.target, NEW, 160, "even newer"))
+        rounds(trainer, lambda: trainer.control.paused() is not None)
+        assert {version.name for version in trainer.store.versions()} == {first, second}
+
+
+def test_another_spool_is_read_from_its_start(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool, publish_every=10_000)
+        rounds(trainer, lambda: trainer._next() == "waiting")
+        step = trainer.progress.step
+    for file in tmp_path.glob("spool.sqlite*"):
+        file.unlink()
+    with open_spool(here.places.spool) as spool:  # with a name of its own
+        spool.append(answers(exits.target, NEW, 40, "newer"))
+        again = here.trainer(spool, publish_every=10_000)
+        assert again.progress.step == step
+        rounds(again, lambda: again._next() == "waiting")
+        assert again.progress.step > step
+
+
+def test_a_checkpoint_of_another_ensemble_is_left_alone(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool, publish_every=10_000)
+        rounds(trainer, lambda: trainer.progress.step >= 4)
+        kept = sorted(here.places.folder.glob("checkpoint-*"))
+        trainer.fixed["ensemble"] = "another"
+        with pytest.raises(OtherRunError, match="another ensemble"):
+            trainer._go_on(trainer.store.current(), spool)
+        assert sorted(here.places.folder.glob("checkpoint-*")) == kept
+
+
+def test_who_deletes_the_spool_or_pauses_is_heard_while_it_rests(
+    exits: World, tmp_path: Path, traffic: list[Text], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = exits.beside(tmp_path)
+    monkeypatch.setattr("osd.online._LOOK_EVERY_S", 0.05)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool, publish_every=10_000)
+        trainer.round()
+        trainer.pace.worked(1e6, within=0.0)  # rests for days
+        stop = threading.Event()
+        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,))
+        thread.start()
+        assert sum(trainer.traffic.all_waiting()) > 0
+        spool.clear()
+        trainer.control.pause("by a test")
+        deadline = time.monotonic() + 60
+        while sum(trainer.traffic.all_waiting()) or not trainer._paused:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        status = trainer.control.status()
+        assert status is not None
+        assert status.activity == "resting"
+        stop.set()
+        thread.join()

@@ -321,18 +321,30 @@ async def test_a_version_that_cannot_be_used_leaves_what_serves(
     elif damage == "no version":
         (place / "version.json").write_text('{"name": "v2"')
     (tmp_path / "osd/drafts/current").write_text(version.name)
-    if damage == "no version":
-        await asyncio.sleep(0.3)
-    else:
+    if damage != "no version":
         await until(lambda: gauge_of("demur_drafts_swaps_total", outcome="failed") > failed)
     body = {"prompt": "a", "response": "b"}
     answer = await service.client.post("/v1/score", json=body, headers=ADMIN)
     assert answer.json()["estimator"]["weights_version"] == "v1"
-    if damage == "no version":  # the store itself cannot be listed: nothing to roll back with
+    if damage == "no version":
+        listed = (await service.client.get("/v1/drafts", headers=ADMIN)).json()
+        assert [version["name"] for version in listed["versions"]] == ["v1"]
+        named = {"version": "v1"}
+        rolled = await service.client.post("/v1/drafts/rollback", json=named, headers=ADMIN)
+        assert rolled.json()["weights_version"] == "v1"
+        assert store.current().name == "v1"
         return
     service.engine.refuses_swaps = False
     rolled = await service.client.post("/v1/drafts/rollback", headers=ADMIN)
     assert rolled.json()["weights_version"] == "v1"
+    if damage == "refused by the engine":
+        return
+    # Nor can anybody choose it: the store stays with what can be served.
+    chosen = {"version": "v2"}
+    refused = await service.client.post("/v1/drafts/rollback", json=chosen, headers=ADMIN)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "unusable_version"
+    assert store.current().name == "v1"
 
 
 async def test_each_version_has_its_own_calibration_or_none(
@@ -379,7 +391,7 @@ async def test_pause_resume_and_what_the_trainer_reports(service: Service, tmp_p
     again = await service.client.post("/v1/osd/resume", headers=ADMIN)
     assert again.status_code == 200
 
-    progress = Progress.new("v1", 2)
+    progress = Progress.new("v1", 2, "a spool")
     progress.steps, progress.texts, progress.refused = [3, 4], [9, 12], 1
     progress.reference = {"kl_mixture": 0.25, "jsd": 0.125}
     Reporter(control).report("training", progress)

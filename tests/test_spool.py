@@ -58,8 +58,7 @@ def test_what_was_appended_is_read_in_order_by_any_process(opens: Open) -> None:
         assert [e.text for e in one.read(found[0].position, 1)] == [text(2)]
         assert one.read(found[-1].position, 5) == []
         assert one.newest(2) == found[1:]
-        assert one.count_after(START) == 3
-        assert one.count_after(found[1].position) == 1
+        assert one.identity() == other.identity()
         assert one.stats().texts == 3
         assert one.stats().bytes >= 3 * 8 * 4
 
@@ -136,15 +135,16 @@ def test_a_clock_that_jumps_neither_drops_entries_nor_keeps_them_for_ever(
         real = time.time
         jump = years * 365 * 86400
         monkeypatch.setattr(time, "time", lambda: real() + jump)
+        spool.append([text(3)])  # before anything has looked at the clock again
         assert spool.trim() == 0
-        assert spool.stats().texts == 1
+        assert spool.stats().texts == 2
         assert spool.stats().oldest_age_s < 50
         spool.append([text(2)])
         monkeypatch.setattr(time, "time", lambda: real() + jump + 200)
         # Time that passed, and was not set: the machine's own clock went on as well.
         boot = time.clock_gettime(time.CLOCK_BOOTTIME)
         monkeypatch.setattr(time, "clock_gettime", lambda _: boot + 200)
-        assert spool.trim() == 2
+        assert spool.trim() == 3
 
 
 def test_the_file_is_its_owners_alone_and_a_clear_removes_the_text(tmp_path: Path) -> None:
@@ -241,3 +241,5 @@ def test_an_entry_that_nothing_here_wrote_is_left_out(tmp_path: Path) -> None:
         database.close()
         spool.append([text(2)])
         assert [entry.text for entry in spool.read(START, 9)] == [text(1), text(2)]
+        # Not even where a reader finds nothing else.
+        assert [entry.text for entry in spool.read("1", 1)] == [text(2)]
