@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_S = 5.0
 _AT_ONCE = 64
 _OVERHEAD = 64  # bytes of an entry beside its token ids
-_SEEN_S = 3600  # for how long a batch's name is remembered
+_SEEN_S = 86_400  # for how long a batch's name is remembered
 # All or none, and once: an answer that was lost on its way does not say whether it was done.
 _APPEND = """
 if redis.call('SET', KEYS[3], 1, 'NX', 'EX', ARGV[2]) then

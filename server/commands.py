@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -68,8 +67,8 @@ def serve(
         listening = config.bind_socket()
     except SystemExit:  # uvicorn has logged why
         sys.exit(1)
-    # vLLM forks its processes: they would hold the port for a while after this one was killed.
-    os.register_at_fork(after_in_child=listening.close)
+    # The trainer, which ends a moment after a service that is killed, must not hold its port.
+    listening.set_inheritable(False)
     if not settings.api_keys:
         logging.getLogger("server").warning("no api_keys are set: whoever reaches it can score")
     server.run(sockets=[listening])

@@ -89,7 +89,9 @@ class Follower:
 
     def _open(self, version: Version) -> tuple[Ensemble, Calibration | None]:
         opened = open_version(self.store, version, self._ensemble, self._work)
-        return opened, load_calibration(opened.folder)
+        # Of the version that the service was started with, the ensemble's may be the newer one.
+        is_first = version.name == self._ensemble.manifest.weights_version
+        return opened, load_calibration(self._ensemble.folder if is_first else opened.folder)
 
     def _tidy(self, spared: set[str]) -> None:
         """Remove this machine's copies of versions that the store no longer has."""
