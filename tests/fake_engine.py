@@ -34,6 +34,7 @@ class FakeEngine:
         self.answer = [40, 41, 42, END]
         self.per_step = 1
         self.fails_after: int | None = None
+        self.pauses_after: int | None = None  # until released
         self.samplings: list[Sampling] = []
         drafts = [ExitDraft(kind="exit", name="early", source="exit", layer=3)]
         drafts += [
@@ -59,6 +60,8 @@ class FakeEngine:
         self.samplings.append(sampling)
         made: list[int] = []
         while True:
+            if len(made) == self.pauses_after:
+                self.release.clear()
             await self._work()
             if self.fails_after is not None and len(made) >= self.fails_after:
                 raise NonFiniteError("a forward pass gave NaN or infinity")

@@ -40,6 +40,7 @@ async def hang_up(
 
     call = asyncio.create_task(app(scope, messages.get, send))
     while not when(b"".join(message.get("body", b"") for message in sent)):
+        assert not call.done(), "the app was done before the moment to hang up"
         await asyncio.sleep(0.001)
     messages.put_nowait({"type": "http.disconnect"})
     await asyncio.wait_for(call, 5)

@@ -112,8 +112,14 @@ async def test_scores_are_counted(calibrated: Service, service: Service) -> None
     assert await count() == before + 1
 
 
+def serve_other_weights(service: Service) -> None:
+    """A version of the drafts with a calibration that was fitted to another one's measures."""
+    service.app.state.demur.serving.served.calibrate("fake-2", fake_calibration())
+    service.engine.weights_version = "fake-2"
+
+
 async def test_other_weights_are_warned_of(calibrated: Service) -> None:
-    calibrated.engine.weights_version = "fake-2"
+    serve_other_weights(calibrated)
     (warning,) = (await scored(calibrated, **NEAR))["warnings"]
     assert warning["code"] == "calibrated_on_other_weights"
     assert "fake-1" in warning["message"]
@@ -227,7 +233,7 @@ async def test_the_terminal_shows_them(
 async def test_a_conversation_shows_them(
     calibrated: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calibrated.engine.weights_version = "fake-2"
+    serve_other_weights(calibrated)
     answer = demur.ChatCompletion.model_validate(await chat(calibrated, uncertainty=True))
     Show("epistemic", 0.5).numbers(answer.choices[0])
     told = " ".join(capsys.readouterr().err.split())  # lines break where the terminal ends

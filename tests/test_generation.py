@@ -448,11 +448,10 @@ async def test_a_client_that_hangs_up_frees_its_places(
 async def test_hanging_up_in_mid_stream(service: Service) -> None:
     engine = service.engine
     engine.answer = [40]
+    engine.pauses_after = 3
 
     def when(content: bytes) -> bool:
-        if content.count(b"data: ") == 3:
-            engine.release.clear()
-        return content.count(b"data: ") >= 3 and engine.running == 1
+        return content.count(b"data: ") >= 3 and not engine.release.is_set()
 
     sent = await hang_up(service.app, PATH, CHAT | {"stream": True}, when)
     assert not any(b"[DONE]" in message.get("body", b"") for message in sent)
