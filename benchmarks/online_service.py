@@ -114,6 +114,37 @@ def serving(
         service.stop()
 
 
+@contextmanager
+def training(
+    osd_folder: Path,
+    config: Path,
+    core: int,
+    *,
+    spool: Path | None = None,
+    corpus: Path | None = None,
+) -> Iterator[None]:
+    """A trainer of its own core, for services that only capture.
+
+    Args:
+        osd_folder: as the services have it; the log goes there.
+        spool: another one than theirs.
+        corpus: for replay and the reference set; default: the ensemble's.
+    """
+    osd_folder.mkdir(parents=True, exist_ok=True)
+    places = ["--store", str(osd_folder / "drafts"), "--folder", str(osd_folder / "trainer")]
+    places += ["--spool", str(spool or osd_folder / "spool.sqlite")]
+    places += ["--load", str(osd_folder / "load"), "--config", str(config)]
+    if corpus is not None:
+        places += ["--corpus", str(corpus)]
+    with (osd_folder / "trainer.log").open("ab") as log:
+        trainer = subprocess.Popen(command("osd", *places, cores=[core]), stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        trainer.terminate()
+        trainer.wait(timeout=300)
+
+
 async def closed_loop(
     url: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float
 ) -> tuple[list[float], list[int]]:

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from online_service import Service, closed_loop, command, serving
+from online_service import Service, closed_loop, serving, training
 from side_by_side import machine, versions
 from tqdm import tqdm
 
@@ -151,19 +150,11 @@ def trained(
     config = work / "osd.yaml"
     work.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump({"share": 1.0, "busy_share": 1.0}))
-    with serving(work / "on", common | {"osd": "capture"}, cores) as service:
-        osd = work / "osd"
-        places = ["--store", str(osd / "drafts"), "--spool", str(osd / "spool.sqlite")]
-        places += ["--folder", str(osd / "trainer"), "--load", str(osd / "load")]
-        with (work / "trainer.log").open("wb") as log:
-            trainer = subprocess.Popen(
-                command("osd", *places, "--config", str(config), cores=[1]), stdout=log, stderr=log
-            )
-        try:
-            yield service
-        finally:
-            trainer.terminate()
-            trainer.wait(timeout=120)
+    with (
+        serving(work / "on", common | {"osd": "capture"}, cores) as service,
+        training(work / "osd", config, core=1),
+    ):
+        yield service
 
 
 def wait_for_steps(service: Service) -> None:

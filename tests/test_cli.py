@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -340,14 +341,21 @@ def test_an_interrupt_ends_it_at_once(run: Cli) -> None:
     run.engine.release.clear()
     try:
         with subprocess.Popen(
-            command("score", "--jsonl"), stdin=subprocess.PIPE, stderr=subprocess.PIPE
+            command("score", "--jsonl"),
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # These tests may themselves run in the background, where interrupts are ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             assert process.stdin is not None
             process.stdin.write((BATCH[0] + "\n").encode() * 3)
             process.stdin.flush()
             wait_until(lambda: run.engine.running >= 3)
-            process.send_signal(2)
-            assert process.wait(timeout=60) == 130
+            process.send_signal(signal.SIGINT)
+            try:
+                assert process.wait(timeout=60) == 130
+            finally:
+                process.kill()
             assert process.stderr is not None
             assert "Traceback" not in process.stderr.read().decode()
     finally:

