@@ -24,7 +24,8 @@ from osd.prompts import Messages, read_prompts
 from osd.synthesize import run
 
 LANGUAGES = ("French", "German", "Spanish", "Italian")
-TRAFFIC = "new-train.jsonl"
+OLD_TRAFFIC = "old-traffic.jsonl"
+NEW_TRAFFIC = "new-train.jsonl"
 _PER_PART = 64
 
 
@@ -38,10 +39,11 @@ def main() -> None:
     init_default(default_folder(), print)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    questions = rows(arguments.data / "gsm8k/train.jsonl")[arguments.replay :]
+    write(out / OLD_TRAFFIC, [str(row["question"]) for row in questions[:1000]])
     translations = {"new-train": mawps(arguments.data), "new-test": svamp(arguments.data)}
     for name, prompts in translations.items():
-        lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-        (out / f"{name}.jsonl").write_text(lines)
+        write(out / f"{name}.jsonl", prompts)
     for name, count in {"test": arguments.test, "train": arguments.replay}.items():
         questions = rows(arguments.data / f"gsm8k/{name}.jsonl")[:count]
         prompts = [ask(row["question"]) for row in questions]
@@ -50,6 +52,10 @@ def main() -> None:
         prompts = list(read_prompts(out / f"{name}.jsonl"))
         some = prompts if name == "new-train" else prompts[: arguments.test]
         synthesize(out / name, some, max_new_tokens=160)
+
+
+def write(file: Path, prompts: list[str]) -> None:
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def synthesize(folder: Path, prompts: list[Messages], *, max_new_tokens: int) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 import httpx
 import yaml
 from drift_report import report
-from drift_texts import TRAFFIC
+from drift_texts import NEW_TRAFFIC, OLD_TRAFFIC
 from eu_texts import ask
 from online_service import Service, serving, training
 
@@ -86,8 +86,8 @@ def live(arguments: argparse.Namespace) -> None:
     osd = work / "osd"
     settings = {"osd": "capture", "osd_folder": str(osd), "follow_every_s": "1"}
     phases: dict[str, tuple[Iterator[Request], float]] = {
-        "old": (generations(texts / "old-train.jsonl", 0), arguments.old_minutes),
-        "new": (generations(texts / TRAFFIC, 0), arguments.new_minutes),
+        "old": (generations(texts / OLD_TRAFFIC, 0), arguments.old_minutes),
+        "new": (generations(texts / NEW_TRAFFIC, 0), arguments.new_minutes),
     }
     for kind in POISON:
         phases[kind] = (poison(kind), arguments.poison_minutes / len(POISON))

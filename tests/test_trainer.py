@@ -227,7 +227,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         process.send_signal(signal.SIGKILL)
     assert not (killed.run / "ensemble").exists(), "it ended before it was killed"
     # What a kill in the middle of a checkpoint leaves is no checkpoint.
-    (killed.run / "checkpoint-000099.partial").mkdir(exist_ok=True)
+    (killed.run / "checkpoint-000000099.partial").mkdir(exist_ok=True)
     resumed = train(killed)
     got, expected = weights(resumed.ensemble), weights(whole.ensemble)
     assert got.keys() == expected.keys()
@@ -271,7 +271,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_by_name(
     train(config)
     with pytest.raises(CheckpointError, match="another learning_rate"):
         train(config.model_copy(update={"learning_rate": 1e-4}))
-    file = tmp_path / "run/checkpoint-000002/student-1.safetensors"
+    file = tmp_path / "run/checkpoint-000000002/student-1.safetensors"
     whole = file.read_bytes()
     tensors = load_file(file)
     tensors["head.up.weight"][0, 0] = torch.nan
