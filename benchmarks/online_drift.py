@@ -4,7 +4,7 @@
     demur distill benchmarks/drafts/drift-scratch.yaml
     python benchmarks/online_drift.py
 
-The service has one core and the trainer another. Four clients ask for answers, one after the other:
+The service has one core and the trainer another. Twelve clients ask for answers, one after the other:
 GSM8K questions for some minutes, then problems to be translated, then a flood of degenerate texts
 to be scored. After it, a second trainer learns from the same traffic without DDD, for as many
 steps. Every version that went live is then measured on texts of both domains that no draft has
@@ -42,7 +42,7 @@ from osd.control import Control
 from osd.prompts import read_prompts
 
 CORES = {"service": 0, "trainer": 1}
-CLIENTS = 4
+CLIENTS = 12
 TRAINER: dict[str, Any] = {
     # A core of its own; and more versions than a service needs, to draw a curve.
     "share": 1.0,
