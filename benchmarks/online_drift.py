@@ -4,9 +4,9 @@
     demur distill benchmarks/drafts/drift-scratch.yaml
     python benchmarks/online_drift.py
 
-The service has one core and the trainer another. Twelve clients ask for answers, one after the other:
-GSM8K questions for some minutes, then problems to be translated, then a flood of degenerate texts
-to be scored. After it, a second trainer learns from the same traffic without DDD, for as many
+The service has one core and the trainer another. Twelve clients ask for answers, one after the
+other: GSM8K questions for some minutes, then problems to be translated, then a flood of degenerate
+texts to be scored. After it, a second trainer learns from the same traffic without DDD, for as many
 steps. Every version that went live is then measured on texts of both domains that no draft has
 seen, against p_T and EU* of many draws, beside the drafts that the service began with (OSD off) and
 drafts that were distilled on the new domain from nothing. What was done is kept in `--work`, and

@@ -35,6 +35,7 @@ from online_serving import solutions
 from side_by_side import machine, versions
 
 from drafts.init import default_folder
+from drafts.manifest import MANIFEST_NAME
 from drafts.store import DraftsStore
 from osd.shards import is_held_out, shard_of
 from osd.spool import START, open_spool
@@ -360,13 +361,15 @@ class Run:
         self.service.post("/v1/osd/pause")
         wait_for(lambda: self.service.osd()["trainer"]["activity"] == "paused")
         serving = httpx.get(f"{self.service.url}/v1/drafts").json()["weights_version"]
-        victim = next(v for v in store.versions() if v.name != serving)
-        for copy in ("served", "trainer"):  # nor does a copy from before help
-            shutil.rmtree(self.osd / copy / "versions" / victim.name, ignore_errors=True)
-        for part in (self.osd / "drafts/versions" / victim.name).glob("student_a/*.safetensors.*"):
+        folder = store.fetch(store.version(serving), self.disk / "copies")
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+        manifest["weights_version"] = "truncated"
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+        store.publish(folder, about={}, make_current=False)
+        for part in (self.osd / "drafts/versions/truncated").glob("student_a/*.safetensors*"):
             part.write_bytes(part.read_bytes()[:1000])
         began = time.monotonic()
-        store.make_current(victim.name)
+        store.make_current("truncated")
         time.sleep(10)
         now = httpx.get(f"{self.service.url}/v1/drafts").json()["weights_version"]
         self.service.post("/v1/drafts/rollback", {"version": serving})

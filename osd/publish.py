@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from drafts.weights import open_to_readers
 from osd.ensemble import letters
 from osd.students import Trainee
 from osd.warm_start import checkpoints, widths
+
+logger = logging.getLogger(__name__)
 
 
 def write_version(ensemble: Ensemble, students: Sequence[Trainee], folder: Path, stem: str) -> str:
@@ -83,11 +86,20 @@ def first_version(store: DraftsStore, ensemble: Ensemble, work: Path) -> Version
 def open_version(store: DraftsStore, version: Version, ensemble: Ensemble, work: Path) -> Ensemble:
     """A version of an ensemble on this machine, beside the ensemble's own target.
 
+    The version that the ensemble itself is can be damaged in the store: then it is the ensemble.
+
     Raises:
         StoreError: if a file is missing or not what was published.
         ManifestError, WeightsError: if it is no version of this ensemble.
     """
-    opened = load_ensemble(store.fetch(version, work / "versions"), ensemble.target_path)
+    try:
+        folder = store.fetch(version, work / "versions")
+    except StoreError as error:
+        if version.name != ensemble.manifest.weights_version:
+            raise
+        logger.warning("%s; the ensemble's own files stand in for it", error)
+        return ensemble
+    opened = load_ensemble(folder, ensemble.target_path)
     check_same_shape(ensemble, opened)
     return opened
 

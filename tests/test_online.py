@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from drafts.errors import ManifestError
+from drafts.errors import ManifestError, StoreError
 from drafts.manifest import load_ensemble
 from drafts.store import DraftsStore
 from osd import checkpoint
@@ -24,6 +24,7 @@ from osd.corpus import Text
 from osd.errors import OsdError, OtherRunError
 from osd.online import OnlineTrainer, run
 from osd.online_config import OnlineConfig
+from osd.publish import first_version, open_version
 from osd.shards import conversation_key, is_held_out, shard_of
 from osd.spool import open_spool
 from tests.online_world import EXIT, NEW, OLD, RESIDUAL, World, answers, make_world, online
@@ -438,6 +439,21 @@ def test_weights_in_bfloat16_are_published_in_bfloat16(world: World, tmp_path: P
     write_version(narrow, trainer.students, tmp_path / "version", "v")
     for file in (tmp_path / "version").rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_the_ensemble_stands_in_for_the_first_version_if_the_store_has_lost_it(
+    exits: World, tmp_path: Path
+) -> None:
+    """Or no version could be judged again: bounds are taken from the first one."""
+    here = exits.beside(tmp_path)
+    ensemble, store = load_ensemble(here.places.ensemble), DraftsStore(here.places.store)
+    first = first_version(store, ensemble, tmp_path / "work")
+    for file in Path(here.places.store).rglob("*.safetensors*"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert open_version(store, first, ensemble, tmp_path / "work") is ensemble
+    renamed = first.model_copy(update={"name": "another"})
+    with pytest.raises(StoreError):
+        open_version(store, renamed, ensemble, tmp_path / "work")
 
 
 def test_two_trainers_do_not_share_a_folder(exits: World, tmp_path: Path) -> None:
