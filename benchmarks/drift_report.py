@@ -36,14 +36,14 @@ Measured = dict[str, Sums]  # by domain
 Weights = dict[str, Any]  # of each domain's texts
 
 
-def report(work: Path, texts: Path, scratch: Path, trainer: dict[str, Any]) -> None:
+def report(work: Path, ensemble: Path, texts: Path, scratch: Path, trainer: dict[str, Any]) -> None:
     """Measure every version that went live, on both domains, and write what is found."""
     timeline = json.loads((work / "timeline.json").read_text())
     began = timeline["phases"]
     start, end = began["new"], list(began.values())[2]
     live = DraftsStore(work / "osd" / "drafts").versions()
     same = DraftsStore(work / "same-data" / "drafts").versions()
-    bench = Bench(work, texts)
+    bench = Bench(work, ensemble, texts)
     found: dict[str, Measured] = {}
     rows: list[dict[str, Any]] = []
     for arm, store in (("ddd", live), ("without ddd", same)):
@@ -86,9 +86,9 @@ def report(work: Path, texts: Path, scratch: Path, trainer: dict[str, Any]) -> N
 class Bench:
     """The target, its posterior, and the two sets of texts."""
 
-    def __init__(self, work: Path, texts: Path) -> None:
+    def __init__(self, work: Path, ensemble: Path, texts: Path) -> None:
         self._config = OnlineConfig()
-        self._ensemble = load_ensemble(default_folder())
+        self._ensemble = load_ensemble(ensemble)
         self._work = work / "measured"
         target = self._ensemble.target_path
         self._teacher = open_teacher(

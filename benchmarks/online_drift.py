@@ -47,8 +47,8 @@ TRAINER: dict[str, Any] = {
     # A core of its own; and more versions than a service needs, to draw a curve.
     "share": 1.0,
     "busy_share": 1.0,
-    "learning_rate": 5e-4,
-    "publish_every": 60,
+    "learning_rate": 1e-3,
+    "publish_every": 80,
     "keep_versions": 1000,
     "max_backlog": 100_000,
 }
@@ -61,6 +61,7 @@ _SAMPLE_S = 5.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cache = default_folder().parent
+    parser.add_argument("--ensemble", type=Path, default=cache / "exit")
     parser.add_argument("--texts", type=Path, default=cache / "drift")
     parser.add_argument("--scratch", type=Path, default=cache / "runs/drift-scratch/ensemble")
     parser.add_argument("--work", type=Path, default=cache / "online-drift")
@@ -72,9 +73,9 @@ def main() -> None:
     if arguments.only in (None, "live"):
         live(arguments)
     if arguments.only in (None, "same-data"):
-        same_data(arguments.work, arguments.texts)
+        same_data(arguments.work, arguments.ensemble, arguments.texts)
     if arguments.only in (None, "report"):
-        report(arguments.work, arguments.texts, arguments.scratch, TRAINER)
+        report(arguments.work, arguments.ensemble, arguments.texts, arguments.scratch, TRAINER)
 
 
 def live(arguments: argparse.Namespace) -> None:
@@ -85,6 +86,8 @@ def live(arguments: argparse.Namespace) -> None:
     config = write_config(work, "osd.yaml", TRAINER)
     osd = work / "osd"
     settings = {"osd": "capture", "osd_folder": str(osd), "follow_every_s": "1"}
+    settings["ensemble"] = str(arguments.ensemble)
+    corpus = texts / "old-train"
     phases: dict[str, tuple[Iterator[Request], float]] = {
         "old": (generations(texts / OLD_TRAFFIC, 0), arguments.old_minutes),
         "new": (generations(texts / NEW_TRAFFIC, 0), arguments.new_minutes),
@@ -93,7 +96,7 @@ def live(arguments: argparse.Namespace) -> None:
         phases[kind] = (poison(kind), arguments.poison_minutes / len(POISON))
     with (
         serving(work / "service", settings, [CORES["service"]]) as service,
-        training(osd, config, CORES["trainer"], corpus=texts / "old-train"),
+        training(osd, config, CORES["trainer"], ensemble=arguments.ensemble, corpus=corpus),
     ):
         recorder = Recorder(service, work / "timeline.json")
         with recorder:
@@ -197,7 +200,7 @@ def copy_spool(spool: Path, copy: Path) -> None:
         source.backup(target)
 
 
-def same_data(work: Path, texts: Path) -> None:
+def same_data(work: Path, ensemble: Path, texts: Path) -> None:
     """A trainer without DDD on the traffic of the new domain, until it has made as many steps."""
     folder = work / "same-data"
     if (folder / "done").exists():
@@ -207,7 +210,8 @@ def same_data(work: Path, texts: Path) -> None:
     versions = DraftsStore(work / "osd" / "drafts").versions()
     steps = max(steps_of(version.about) for version in versions if version.created < ends)
     config = write_config(work, "same-data.yaml", TRAINER | SAME_DATA)
-    with training(folder, config, CORES["trainer"], corpus=texts / "old-train"):
+    corpus = texts / "old-train"
+    with training(folder, config, CORES["trainer"], ensemble=ensemble, corpus=corpus):
         control = Control(DraftsStore(folder / "drafts"))
         while True:
             status = control.status()

@@ -120,20 +120,22 @@ def training(
     config: Path,
     core: int,
     *,
-    spool: Path | None = None,
+    ensemble: Path | None = None,
     corpus: Path | None = None,
 ) -> Iterator[None]:
     """A trainer of its own core, for services that only capture.
 
     Args:
         osd_folder: as the services have it; the log goes there.
-        spool: another one than theirs.
+        ensemble: that they serve, if it is not the default.
         corpus: for replay and the reference set; default: the ensemble's.
     """
     osd_folder.mkdir(parents=True, exist_ok=True)
     places = ["--store", str(osd_folder / "drafts"), "--folder", str(osd_folder / "trainer")]
-    places += ["--spool", str(spool or osd_folder / "spool.sqlite")]
+    places += ["--spool", str(osd_folder / "spool.sqlite")]
     places += ["--load", str(osd_folder / "load"), "--config", str(config)]
+    if ensemble is not None:
+        places += ["--ensemble", str(ensemble)]
     if corpus is not None:
         places += ["--corpus", str(corpus)]
     with (osd_folder / "trainer.log").open("ab") as log:
