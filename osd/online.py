@@ -397,7 +397,7 @@ class OnlineTrainer:
 
     def _progress_of(self, version: Version) -> Progress:
         """The progress to go on with from a version: the later one of its and this trainer's."""
-        mine = self.progress
+        mine = self.progress.model_copy(deep=True)  # the version may yet turn out to be damaged
         told = version.about.get("progress")
         its = None
         if told is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafts.errors import ManifestError, StoreError
-from drafts.manifest import load_ensemble
+from drafts.manifest import MANIFEST_NAME, load_ensemble
 from drafts.store import DraftsStore
 from osd import checkpoint
 from osd.corpus import Text
@@ -311,6 +312,28 @@ def test_it_goes_on_from_the_version_that_somebody_chose(
             assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
         assert trainer.progress.texts == learned  # and what was read stays read
         assert trainer.traffic.positions == trainer.progress.positions
+
+
+def test_a_damaged_version_that_somebody_chose_leaves_nothing_behind(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool)
+        rounds(trainer, lambda: trainer.progress.published)
+        before, base = trainer.progress.model_copy(deep=True), trainer.progress.base
+        folder = trainer.store.fetch(trainer.store.version(base), tmp_path / "copies")
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest | {"weights_version": "damaged"}))
+        trainer.store.publish(folder, about={})
+        for file in Path(here.places.store, "versions/damaged").rglob("*.safetensors*"):
+            file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(StoreError, match="damaged"):
+            trainer._follow_store()
+        trainer.store.make_current(base)
+        trainer._follow_store()
+        assert trainer.progress == before
 
 
 def test_a_damaged_checkpoint_costs_time_and_no_text(
