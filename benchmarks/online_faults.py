@@ -190,6 +190,7 @@ def goals(faults: list[dict[str, Any]], books: dict[str, Any]) -> list[dict[str,
         for fault in faults
         if not fault["fault"].startswith(SERVICE_DIES) and set(fault["answers"]) - {"200"}
     ]
+    longest = max(fault["recovered_s"] for fault in faults)
     return [
         {
             "name": "texts acknowledged, and lost",
@@ -211,9 +212,9 @@ def goals(faults: list[dict[str, Any]], books: dict[str, Any]) -> list[dict[str,
         },
         {
             "name": "longest recovery by itself, seconds",
-            "value": round(max(fault["recovered_s"] for fault in faults)),
+            "value": round(longest),
             "bound": f"< {_WITHIN_S:g}",
-            "holds": True,  # or `wait_for` had raised
+            "holds": longest < _WITHIN_S,
         },
     ]
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from osd.corpus import Text
+from osd.spool import START, open_spool
 from tests.online_world import EXIT, NEW, World, answers, make_world, online
 from tests.serving import Running, gauge, serving
 
@@ -43,12 +44,6 @@ def settings(world: World, tmp_path: Path) -> dict[str, str]:
         "osd_corpus": str(world.places.corpus),
         "follow_every_s": "0.2",
     }
-
-
-@pytest.fixture
-def service(world: World, settings: dict[str, str], tmp_path: Path) -> Iterator[Running]:
-    with serving(tmp_path / "service", world.places.ensemble, **settings) as running:
-        yield running
 
 
 def send(url: str, texts: list[Text]) -> set[str]:
@@ -95,8 +90,15 @@ def trainers(running: Running) -> list[psutil.Process]:
 
 
 def test_drafts_follow_the_traffic_while_they_serve(
-    service: Running, traffic: list[Text], tmp_path: Path
+    world: World, settings: dict[str, str], tmp_path: Path, traffic: list[Text]
 ) -> None:
+    with serving(tmp_path / "service", world.places.ensemble, **settings) as service:
+        follow(service, traffic)
+    with open_spool(str(tmp_path / "osd" / "spool.sqlite")) as spool:
+        assert len(spool.read(START, 100)) >= 4
+
+
+def follow(service: Running, traffic: list[Text]) -> None:
     [first] = send(service.url, traffic[:160])
     wait_for(service, lambda: (osd(service.url)["trainer"] or {}).get("published", 0) > 0)
     wait_for(service, lambda: send(service.url, traffic[160:161]) != {first})
@@ -129,31 +131,23 @@ def test_drafts_follow_the_traffic_while_they_serve(
     assert service.process.wait(timeout=120) == -signal.SIGTERM  # as uvicorn ends itself
     assert "Traceback" not in service.log.read_text()
     assert not trainer.is_running()
-    from osd.spool import START, open_spool
-
-    with open_spool(str(tmp_path / "osd" / "spool.sqlite")) as spool:
-        assert len(spool.read(START, 100)) >= 4
 
 
-def test_a_trainer_that_is_killed_comes_back_and_goes_on(
-    service: Running, traffic: list[Text]
-) -> None:
-    send(service.url, traffic[:160])
-    wait_for(service, lambda: (osd(service.url)["trainer"] or {}).get("step", 0) >= 8)
-    [trainer] = trainers(service)
-    os.kill(trainer.pid, signal.SIGKILL)
-    before = osd(service.url)["trainer"]["step"]
-    send(service.url, traffic[160:200])  # served as if nothing had happened
-    wait_for(service, lambda: [p.pid for p in trainers(service)] not in ([], [trainer.pid]))
-    wait_for(service, lambda: osd(service.url)["trainer"]["step"] > before)
-    assert gauge(service.url, "demur_osd_trainer_deaths_total") == 1
-
-
-def test_a_server_that_is_killed_takes_its_trainer_along_and_begins_with_what_served(
+def test_whoever_is_killed_comes_back_and_goes_on(
     world: World, settings: dict[str, str], tmp_path: Path, traffic: list[Text]
 ) -> None:
     with serving(tmp_path / "one", world.places.ensemble, **settings) as running:
-        [first] = send(running.url, traffic[:160])
+        [first] = send(running.url, traffic[:120])
+        wait_for(running, lambda: (osd(running.url)["trainer"] or {}).get("step", 0) >= 4)
+        [trainer] = trainers(running)
+        os.kill(trainer.pid, signal.SIGKILL)
+        before = osd(running.url)["trainer"]["step"]
+        send(running.url, traffic[120:160])  # served as if nothing had happened
+        wait_for(running, lambda: [p.pid for p in trainers(running)] not in ([], [trainer.pid]))
+        wait_for(running, lambda: osd(running.url)["trainer"]["step"] > before)
+        assert gauge(running.url, "demur_osd_trainer_deaths_total") == 1
+
+        # A server takes its trainer along, and begins with what served.
         wait_for(running, lambda: (osd(running.url)["trainer"] or {}).get("published", 0) > 0)
         wait_for(running, lambda: send(running.url, traffic[160:161]) != {first})
         httpx.post(f"{running.url}/v1/osd/pause")
