@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,46 +73,45 @@ class Truth:
             seed=20261123,
             folder=folder,
         )
-        with self._products():
-            for start in tqdm(range(0, len(ordered), _TEXTS), desc=f"p_T, {draws} draws"):
-                chosen = ordered[start : start + _TEXTS]
-                batch = collate(chosen, max_tokens)
-                members = [states.draw(chosen, batch, draw, 0) for draw in range(draws)]
-                mean_TV, eu_T, entropy_T = self._posterior(torch.stack(members))
-                clean = states.clean(chosen, batch)
-                self._parts.append((batch, clean, mean_TV, eu_T, entropy_T))
+        for start in tqdm(range(0, len(ordered), _TEXTS), desc=f"p_T, {draws} draws"):
+            chosen = ordered[start : start + _TEXTS]
+            batch = collate(chosen, max_tokens)
+            members = [states.draw(chosen, batch, draw, 0) for draw in range(draws)]
+            mean_TV, eu_T, entropy_T = self._posterior(torch.stack(members))
+            clean = states.clean(chosen, batch)
+            self._parts.append((batch, clean, mean_TV, eu_T, entropy_T))
 
     @torch.no_grad()
     def measure(self, students: Sequence[Trainee]) -> Sums:
         """The drafts of all students on all texts."""
         sums: list[Tensor] = []
         tokens: list[Tensor] = []
-        with self._products():
-            for batch, clean, mean_TV, eu_T, entropy_T in self._parts:
-                drafts = [draft for one in students for draft in one.drafts(batch, clean)]
-                fields = []
-                for start in range(0, len(mean_TV), _ROWS):
-                    rows = slice(start, start + _ROWS)
-                    logq_KTV = torch.stack([_logp(d.h_Td[rows], d.head_Vd) for d in drafts])
-                    logp_TV = _logp(clean.h_Td[rows], self._teacher.head_Vd)
-                    served = measures(logq_KTV, logp_TV)
-                    mean = mean_TV[rows]
-                    mixture_TV = logq_KTV.exp().mean(0).clamp_min(1e-38).log()
-                    cross_T = -(mixture_TV * mean).sum(-1)
-                    each_T = -(logq_KTV * mean).sum(-1).mean(0)
-                    eu = eu_T[rows]
-                    columns = (
-                        cross_T - entropy_T[rows],
-                        each_T - entropy_T[rows],
-                        served.jsd,
-                        served.epistemic,
-                        eu,
-                        (served.epistemic - eu).square(),
-                    )
-                    fields.append(torch.stack(columns, dim=1).double())
-                by_text = batch.by_text(torch.cat(fields))
-                sums += [values.sum(0) for values in by_text]
-                tokens += [torch.tensor(float(len(values))) for values in by_text]
+        for batch, clean, mean_TV, eu_T, entropy_T in self._parts:
+            drafts = [draft for one in students for draft in one.drafts(batch, clean)]
+            fields = []
+            for start in range(0, len(mean_TV), _ROWS):
+                rows = slice(start, start + _ROWS)
+                logq_KTV = torch.stack([self._logp(d.h_Td[rows], d.head_Vd) for d in drafts])
+                logp_TV = self._logp(clean.h_Td[rows], self._teacher.head_Vd)
+                served = measures(logq_KTV, logp_TV)
+                mean = mean_TV[rows]
+                mixture_TV = logq_KTV.exp().mean(0).clamp_min(1e-38).log()
+                # Several times faster than a product and a sum.
+                cross_T = -torch.einsum("tv,tv->t", mixture_TV, mean)
+                each_T = -torch.einsum("ktv,tv->t", logq_KTV, mean) / len(drafts)
+                eu = eu_T[rows]
+                columns = (
+                    cross_T - entropy_T[rows],
+                    each_T - entropy_T[rows],
+                    served.jsd,
+                    served.epistemic,
+                    eu,
+                    (served.epistemic - eu).square(),
+                )
+                fields.append(torch.stack(columns, dim=1).double())
+            by_text = batch.by_text(torch.cat(fields))
+            sums += [values.sum(0) for values in by_text]
+            tokens += [torch.tensor(float(len(values))) for values in by_text]
         return Sums(torch.stack(sums).numpy(), torch.stack(tokens).double().numpy())
 
     def _posterior(self, members_MTd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,20 +119,19 @@ class Truth:
         draws = len(members_MTd)
         means, eus, entropies = [], [], []
         for rows_MTd in torch.split(members_MTd, _ROWS // 8, dim=1):
-            logp_MTV = _logp(rows_MTd, self._teacher.head_Vd)
+            logp_MTV = self._logp(rows_MTd, self._teacher.head_Vd)
             p_MTV = logp_MTV.exp()
             mean_TV = p_MTV.mean(0)
-            entropy_T = -(mean_TV * mean_TV.clamp_min(1e-38).log()).sum(-1)
-            jsd_T = entropy_T + (p_MTV * logp_MTV).sum(-1).mean(0)
+            entropy_T = -torch.einsum("tv,tv->t", mean_TV, mean_TV.clamp_min(1e-38).log())
+            jsd_T = entropy_T + torch.einsum("mtv,mtv->t", p_MTV, logp_MTV) / draws
             eu_T = jsd_T * draws / (draws - 1)
             means.append(mean_TV)
             eus.append(eu_T)
             entropies.append(entropy_T + eu_T / draws)
         return torch.cat(means), torch.cat(eus), torch.cat(entropies)
 
-    def _products(self) -> AbstractContextManager[None]:
-        return bfloat16_products(self._teacher.model.dtype == torch.bfloat16)
-
-
-def _logp(h: Tensor, head_Vd: Tensor) -> Tensor:
-    return torch.log_softmax(F.linear(h, head_Vd).float(), -1)
+    def _logp(self, h: Tensor, head_Vd: Tensor) -> Tensor:
+        # Rounded factors for the logits alone, as in training and as the service has them.
+        with bfloat16_products(self._teacher.model.dtype == torch.bfloat16):
+            logits = F.linear(h, head_Vd)
+        return torch.log_softmax(logits.float(), -1)

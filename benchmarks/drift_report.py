@@ -17,7 +17,7 @@ from drafts.init import default_folder
 from drafts.manifest import Ensemble, load_ensemble
 from drafts.store import DraftsStore, Version
 from osd.build import open_teacher
-from osd.corpus import Corpus
+from osd.corpus import Corpus, Text
 from osd.online_config import OnlineConfig
 from osd.publish import open_version
 from osd.warm_start import students_of
@@ -27,7 +27,8 @@ from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 PLOT = Path(__file__).parents[1] / "docs" / "online_drift.png"
-DRAWS = 32
+DRAWS = 24
+TEXTS = 40  # of each domain
 MAX_TOKENS = 256
 DOMAINS = ("old", "new")
 _BOOTSTRAPS = 2000
@@ -97,11 +98,7 @@ class Bench:
         self._truth = {
             name: Truth(
                 self._teacher,
-                [
-                    text
-                    for text in Corpus(texts / f"{name}-test").read(self._teacher.head_Vd.shape[0])
-                    if text.response_start < MAX_TOKENS
-                ],
+                self._read(texts / f"{name}-test"),
                 self._ensemble.hidden_layers,
                 draws=DRAWS,
                 max_tokens=MAX_TOKENS,
@@ -109,6 +106,10 @@ class Bench:
             )
             for name in DOMAINS
         }
+
+    def _read(self, corpus: Path) -> list[Text]:
+        texts = Corpus(corpus).read(self._ensemble.vocab_size)
+        return [text for text in texts if text.response_start < MAX_TOKENS][:TEXTS]
 
     def version(self, store: DraftsStore, version: Version) -> Measured:
         return self.measure(open_version(store, version, self._ensemble, self._work))
