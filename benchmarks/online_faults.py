@@ -211,7 +211,7 @@ def goals(faults: list[dict[str, Any]], books: dict[str, Any]) -> list[dict[str,
             "holds": not not_up,
         },
         {
-            "name": "longest recovery by itself, seconds",
+            "name": "longest recovery, seconds",
             "value": round(longest),
             "bound": f"< {_WITHIN_S:g}",
             "holds": longest < _WITHIN_S,
