@@ -2,7 +2,7 @@
 
     python benchmarks/drift_texts.py --data ../shared/data
 
-The old domain is GSM8K, to which the `exit` drafts are aligned; the new one is translation into
+The old domain is GSM8K, to which drafts are aligned first (drafts/drift-old.yaml); the new one is translation into
 four languages: "Translate this into French: ..." with a problem of MAWPS, in the traffic, or of
 SVAMP, to measure on. Written beside the default ensemble, under `drift`: the prompts, and the
 target's own sampled answers: to measure on (`old-test`, `new-test`), to replay (`old-train`), and
@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--replay", type=int, default=256, help="texts of the old domain to replay")
     arguments = parser.parse_args()
     init_default(default_folder(), print)
-    init_default(default_folder().parent / "exit", print, kind="exit")
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     questions = rows(arguments.data / "gsm8k/train.jsonl")[arguments.replay :]

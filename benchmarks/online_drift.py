@@ -1,6 +1,7 @@
 """Drafts that follow the traffic to another domain, with a real server: OSD on against off.
 
     python benchmarks/drift_texts.py --data ../shared/data
+    demur distill benchmarks/drafts/drift-old.yaml
     demur distill benchmarks/drafts/drift-scratch.yaml
     python benchmarks/online_drift.py
 
@@ -61,7 +62,7 @@ _SAMPLE_S = 5.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cache = default_folder().parent
-    parser.add_argument("--ensemble", type=Path, default=cache / "exit")
+    parser.add_argument("--ensemble", type=Path, default=cache / "runs/drift-old/ensemble")
     parser.add_argument("--texts", type=Path, default=cache / "drift")
     parser.add_argument("--scratch", type=Path, default=cache / "runs/drift-scratch/ensemble")
     parser.add_argument("--work", type=Path, default=cache / "online-drift")
