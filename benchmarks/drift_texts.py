@@ -2,11 +2,11 @@
 
     python benchmarks/drift_texts.py --data ../shared/data
 
-The old domain is GSM8K, to which drafts are aligned first (drafts/drift-old.yaml); the new one is translation into
-four languages: "Translate this into French: ..." with a problem of MAWPS, in the traffic, or of
-SVAMP, to measure on. Written beside the default ensemble, under `drift`: the prompts, and the
-target's own sampled answers: to measure on (`old-test`, `new-test`), to replay (`old-train`), and
-to distil drafts on from nothing (`new-train`).
+The old domain is GSM8K, to which drafts are aligned first (drafts/drift-old.yaml); the new one is
+translation into four languages: "Translate this into French: ..." with a problem of MAWPS, in the
+traffic, or of SVAMP, to measure on. Written beside the default ensemble, under `drift`: the
+prompts, and the target's own sampled answers: to measure on (`old-test`, `new-test`), to replay
+(`old-train`), and to distil drafts on from nothing (`new-train`).
 """
 
 from __future__ import annotations
