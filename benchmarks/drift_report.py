@@ -293,7 +293,3 @@ def plot(rows: list[dict[str, Any]], scratch: dict[str, Any], total: float, new:
     axes[0].text(new, 0, " flood", fontsize=8, color="tab:red", va="bottom")
     figure.savefig(PLOT, dpi=110)
     pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    raise SystemExit("python benchmarks/online_drift.py --only report")

@@ -90,8 +90,8 @@ def live(arguments: argparse.Namespace) -> None:
     settings["ensemble"] = str(arguments.ensemble)
     corpus = texts / "old-train"
     phases: dict[str, tuple[Iterator[Request], float]] = {
-        "old": (generations(texts / OLD_TRAFFIC, 0), arguments.old_minutes),
-        "new": (generations(texts / NEW_TRAFFIC, 0), arguments.new_minutes),
+        "old": (generations(texts / OLD_TRAFFIC), arguments.old_minutes),
+        "new": (generations(texts / NEW_TRAFFIC), arguments.new_minutes),
     }
     for kind in POISON:
         phases[kind] = (poison(kind), arguments.poison_minutes / len(POISON))
@@ -112,11 +112,11 @@ def live(arguments: argparse.Namespace) -> None:
 Request = tuple[str, dict[str, Any]]
 
 
-def generations(file: Path, seed: int) -> Iterator[Request]:
+def generations(file: Path) -> Iterator[Request]:
     """Questions to be answered, again and again in other orders."""
     prompts = list(read_prompts(file))
     for turn in itertools.count():
-        order = random.Random(seed + turn).sample(range(len(prompts)), len(prompts))
+        order = random.Random(turn).sample(range(len(prompts)), len(prompts))
         for index in order:
             body = {"messages": prompts[index], "max_tokens": 160, "temperature": 1.0}
             yield "/v1/chat/completions", body | {"uncertainty": True}
