@@ -31,6 +31,7 @@ DRAWS = 24
 TEXTS = 40  # of each domain
 MAX_TOKENS = 256
 DOMAINS = ("old", "new")
+COUNTS = ("step", "texts", "skipped", "held_out", "published", "refused", "taken_back")
 _BOOTSTRAPS = 2000
 
 Measured = dict[str, Sums]  # by domain
@@ -241,18 +242,20 @@ def goal(name: str, value: float, bound: str, holds: bool) -> dict[str, Any]:
 
 
 def traffic(timeline: dict[str, Any]) -> dict[str, Any]:
-    """Answers of each phase, how they ended, and which versions gave them."""
+    """Answers of each phase, the versions that gave them, and how far the trainer was."""
     names, starts = list(timeline["phases"]), list(timeline["phases"].values())
     ends = [*starts[1:], timeline["ended"]]
     told = {}
     for name, start, end in zip(names, starts, ends, strict=True):
         answers = [a for a in timeline["answers"] if start <= a["time"] < end]
         statuses = [a["status"] for a in answers]
+        trainer = [s["trainer"] for s in timeline["samples"] if s["time"] < end][-1]
         told[name] = {
             "minutes": round((end - start) / 60, 1),
             "answers": len(answers),
             "other than 200": sum(status != 200 for status in statuses),
             "versions that answered": len({a["version"] for a in answers if "version" in a}),
+            "trainer at its end": {name: trainer[name] for name in COUNTS},
         }
     return told
 

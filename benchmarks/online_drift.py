@@ -48,7 +48,7 @@ TRAINER: dict[str, Any] = {
     # A core of its own; and more versions than a service needs, to draw a curve.
     "share": 1.0,
     "busy_share": 1.0,
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,  # as in drafts/drift-*.yaml
     "publish_every": 80,
     "keep_versions": 1000,
     "max_backlog": 100_000,
@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=cache / "drift")
     parser.add_argument("--scratch", type=Path, default=cache / "runs/drift-scratch/ensemble")
     parser.add_argument("--work", type=Path, default=cache / "online-drift")
-    parser.add_argument("--old-minutes", type=float, default=4)
-    parser.add_argument("--new-minutes", type=float, default=45)
-    parser.add_argument("--poison-minutes", type=float, default=12)
+    parser.add_argument("--old-minutes", type=float, default=3)
+    parser.add_argument("--new-minutes", type=float, default=30)
+    parser.add_argument("--poison-minutes", type=float, default=7)
     parser.add_argument("--only", choices=["live", "same-data", "report"], help="one part of it")
     arguments = parser.parse_args()
     if arguments.only in (None, "live"):
@@ -190,8 +190,7 @@ class Recorder:
         while not self._stop.wait(_SAMPLE_S):
             with suppress(httpx.HTTPError):
                 told = self.service.osd()
-                self.samples.append({"time": time.time(), "spool": told["spool"]["texts"]})
-                self.samples[-1]["trainer"] = told["trainer"]
+                self.samples.append({"time": time.time(), "trainer": told["trainer"]})
 
 
 def copy_spool(spool: Path, copy: Path) -> None:

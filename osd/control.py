@@ -52,10 +52,14 @@ class TrainerStatus(BaseModel):
     texts: list[int] = Field(description="texts of the traffic that each student has learned from")
     waiting: list[int] = Field(description="texts that wait for each student")
     skipped: int = Field(description="texts that came too fast to be learned from")
+    unusable: int = Field(
+        description="texts since the trainer started whose answer begins behind where texts are "
+        "cut, or of another model"
+    )
     diverged: int = Field(
         description="steps whose gradient was not finite, and which were not made"
     )
-    held_out: int = Field(description="held-out texts of the traffic at hand")
+    held_out: int = Field(description="held-out texts of the traffic at hand, to measure on")
     published: int
     refused: int
     taken_back: int

@@ -120,7 +120,7 @@ class OnlineTrainer:
         # Of what a checkpoint is: students of another model are none of these.
         self.fixed = {"ensemble": self.ensemble.manifest.name, "students": count}
         self._go_on(current, spool)
-        self.traffic = Traffic(spool, self.progress.positions, config)
+        self.traffic = Traffic(spool, self.progress.positions, config, self.ensemble.vocab_size)
         self._follow_store()
         self._looked, self._paused, self._saved = float("-inf"), False, ""
 
@@ -197,18 +197,12 @@ class OnlineTrainer:
         number = self._next_student()
         assert number is not None
         config, progress = self.config, self.progress
-        taken = self.traffic.take(number, config.texts - config.replayed)
+        texts = self.traffic.next_texts(number, config.texts - config.replayed)
+        learned = len(texts)
         index, warm = progress.steps[number], progress.warm // len(self.students)
-        progress.texts[number] += len(taken)
-        progress.steps[number] += 1
-        progress.since += 1
-        progress.warm += 1
-        texts = [text for text in taken if self._usable(text)]
         if config.replayed:
             order = derived_seed(config.seed, "replay", number)
             texts += batch_at(self.replay[number], index, config.replayed, order)
-        if not texts:
-            return
         warmth = min(1.0, (warm + 1) / max(1, config.warmup))
         try:
             loss, _ = take_step(
@@ -219,13 +213,20 @@ class OnlineTrainer:
                 rate=config.learning_rate * progress.rate * warmth,
                 clip_norm=config.clip_norm,
             )
-        except (Diverged, RuntimeError) as error:  # the latter is torch's, whatever it was
-            self.optimisers[number].zero_grad()
+        except Diverged as error:
             progress.diverged += 1
             logger.warning("student %d, step %d: %s; it is left out", number, index, error)
-            return
-        progress.last_step = time.time()
-        self.reporter.loss(loss)
+        except RuntimeError as error:  # torch's; that memory is short, say: the texts wait
+            self.optimisers[number].zero_grad()
+            raise OsdError(f"student {number}, step {index}: {error}") from error
+        else:
+            progress.last_step = time.time()
+            self.reporter.loss(loss)
+        self.traffic.done(number, learned)
+        progress.texts[number] += learned
+        progress.steps[number] += 1
+        progress.since += 1
+        progress.warm += 1
 
     def _lesson(self, number: int, index: int, texts: list[Text]) -> Lesson:
         seed = self.config.seed
@@ -248,13 +249,6 @@ class OnlineTrainer:
         ready = [n for n in range(len(self.students)) if self.traffic.waiting(n) >= wanted]
         return min(ready, key=lambda n: (self.progress.steps[n], n), default=None)
 
-    def _usable(self, text: Text) -> bool:
-        """Whether it can be learned from: what is in the spool may be of another model."""
-        return (
-            text.response_start < self.config.max_tokens
-            and max(text.token_ids) < self.ensemble.vocab_size
-        )
-
     # Versions.
 
     def judge(self) -> None:
@@ -269,8 +263,9 @@ class OnlineTrainer:
         folder = self.places.folder / "candidate"
         stem = f"{self.ensemble.members[0].draft.kind}-osd-{self.progress.step}"
         name = write_version(self.ensemble, self.students, folder, stem)
+        held_out = self.traffic.held_out_after()
         review = self.reviewer.review(
-            folder, self._held_out(), serving=self.progress.base, first=self.progress.first
+            folder, held_out, serving=self.progress.base, first=self.progress.first
         )
         if self._is_overruled():
             logger.info("version %s is dropped: somebody has chosen otherwise meanwhile", name)
@@ -278,22 +273,21 @@ class OnlineTrainer:
         after = self._after(name, review)
         about: dict[str, Any] = {
             "made by": "online stochastic distillation",
-            "refused": review.reasons,
-            "reference": review.candidate.reference._asdict(),
-            "traffic": review.candidate.traffic._asdict(),
-            "serving, on traffic": review.serving.traffic._asdict(),
-            "first, on traffic": review.first.traffic._asdict(),
-            "calibration": review.calibration,
+            **review.about(),
             "progress": after.model_dump(mode="json"),
         }
-        self._publish(folder, name, about, make_current=not review.reasons)
+        self._publish(folder, name, about)
         if review.reasons:
             logger.warning("version %s is refused: %s", name, "; ".join(review.reasons))
             self._start_from(self.store.version(after.base), after)
+        elif self._is_overruled():  # while it was written: `current` is not the trainer's to set
+            self.store.withdraw(
+                name, "somebody chose another version, or a pause, while it was published"
+            )
+            return
         else:
-            before, now = review.serving.traffic.kl_mixture, review.candidate.traffic.kl_mixture
-            logger.info("version %s goes live: KL on traffic %.4f, was %.4f", name, now, before)
-            logger.info("its calibration: %s", review.calibration)
+            self.store.make_current(name)
+            logger.info("version %s goes live: %s", name, review)
             self.progress = after
         self.save()
         self._tidy()
@@ -306,7 +300,8 @@ class OnlineTrainer:
     def _tidy(self) -> None:
         """Keep so many versions that served, and so many that did not; here, what the store has."""
         served = [v.name for v in self.store.versions() if not v.about.get("refused")]
-        spared = [self.progress.first, self.progress.base, *served[-self.config.keep_versions :]]
+        mine = self.progress
+        spared = [mine.first, mine.base, mine.origin, *served[-self.config.keep_versions :]]
         self.store.prune(self.config.keep_versions, spared)
         kept = {version.name for version in self.store.versions()}
         for folder in (self.places.folder / "versions").iterdir():
@@ -332,21 +327,23 @@ class OnlineTrainer:
             after.published += 1
             after.rate = min(1.0, after.rate * 2)
             after.base, after.watched = name, self.traffic.last
+            assert review.candidate is not None
             after.traffic = review.candidate.traffic._asdict()
             after.reference = review.candidate.reference._asdict()
         return after
 
     def _watch(self, fresh: list[Text]) -> None:
-        progress = self.progress
+        progress = self.progress.model_copy(deep=True)  # the store may fail on the way
         version = self.store.version(progress.base)
         if version.parent is None:
-            progress.watched = None
+            self.progress.watched = None
             return
         reason, now = self.reviewer.watch(fresh, serving=version.name, parent=version.parent)
         if self._is_overruled():
             return
         progress.watched, progress.traffic = None, now._asdict()
         if reason is None:
+            self.progress = progress
             return
         logger.warning("version %s is taken back: %s", version.name, reason)
         progress.taken_back += 1
@@ -362,29 +359,21 @@ class OnlineTrainer:
         """Held-out traffic since the version that serves, if it is watched and that is enough."""
         if self.progress.watched is None:
             return []
-        fresh = self._held_out(self.progress.watched)
+        fresh = self.traffic.held_out_after(self.progress.watched)
         return fresh if len(fresh) >= self.config.least_held_out else []
 
     def _may_judge(self) -> bool:
         # Of what has come since the last verdict, or a client could have it judged on old texts.
-        fresh = len(self._held_out(self.progress.judged)) >= self.config.least_held_out
-        return fresh and self.progress.since >= self.config.publish_every
+        fresh = len(self.traffic.held_out_after(self.progress.judged))
+        enough = fresh >= self.config.least_held_out
+        return enough and self.progress.since >= self.config.publish_every
 
-    def _held_out(self, after: str | None = None) -> list[Text]:
-        shortest = self.config.measured_tokens
-        texts = self.traffic.held_out_after(after)
-        return [t for t in texts if self._usable(t) and t.response_start < shortest]
-
-    def _publish(
-        self, folder: Path, name: str, about: dict[str, Any], *, make_current: bool
-    ) -> None:
+    def _publish(self, folder: Path, name: str, about: dict[str, Any]) -> None:
         try:
-            self.store.publish(folder, about=about, make_current=make_current)
+            self.store.publish(folder, about=about, make_current=False)
         except StoreError:
             # Killed after it was published, and come to the same weights again: nothing to add.
             self.store.version(name)
-            if make_current:
-                self.store.make_current(name)
 
     def _follow_store(self) -> None:
         """Begin from the current version when somebody else has chosen it."""
@@ -416,14 +405,18 @@ class OnlineTrainer:
 
     def _start_from(self, version: Version, progress: Progress) -> None:
         """Students with a version's weights, and new moments."""
+        self._make_students(version)
+        progress.base = progress.origin = version.name
+        progress.warm, progress.since = 0, 0
+        self.progress = progress
+
+    def _make_students(self, version: Version) -> None:
         opened = open_version(self.store, version, self.ensemble, self.places.folder)
         self.students = students_of(opened, self.config, self.teacher, self.metric_dd)
         self.optimisers = [
             new_optimiser(s.module, self.config.learning_rate, self.config.weight_decay)
             for s in self.students
         ]
-        progress.base, progress.warm, progress.since = version.name, 0, 0
-        self.progress = progress
 
     # What outlives this process.
 
@@ -456,17 +449,17 @@ class OnlineTrainer:
     def _go_on(self, current: Version, spool: Spool) -> None:
         """From the last whole checkpoint, or from the current version."""
         folder = self.places.folder
-        self._start_from(current, self.progress)
         while True:
+            self._start_from(current, self.progress)
             try:
-                modules = [student.module for student in self.students]
-                checkpoint.load_last(folder, self.fixed, modules, self.optimisers)
-                told = checkpoint.read_progress(folder)
-                found = self._read_progress(told) if told else None
+                found = self._load_checkpoint()
+                if found is not None and found.origin != current.name:
+                    self._make_students(self.store.version(found.origin))
+                    self._load_checkpoint()
                 break
             except OtherRunError:
                 raise  # it is whole: whoever named another ensemble by mistake wants it back
-            except CheckpointError as error:
+            except (CheckpointError, DraftsError) as error:
                 # The one before has positions of its own: nothing is lost with this one but time.
                 logger.warning("%s", error)
                 checkpoint.drop_last(folder)
@@ -481,6 +474,14 @@ class OnlineTrainer:
             )
             found.watched = None
         self.progress = found
+
+    def _load_checkpoint(self) -> Progress | None:
+        """Put the last checkpoint into the students; what belongs to its weights."""
+        folder = self.places.folder
+        modules = [student.module for student in self.students]
+        checkpoint.load_last(folder, self.fixed, modules, self.optimisers)
+        told = checkpoint.read_progress(folder)
+        return self._read_progress(told) if told else None
 
     def _read_corpus(self, target: Path, count: int) -> list[Text]:
         """Sets `replay`, a list of texts for each student; returns the reference set."""

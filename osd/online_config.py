@@ -82,6 +82,12 @@ class OnlineConfig(_Strict):
     posterior: PosteriorConfig = PosteriorConfig()
     teacher_draws: int = Field(default=3, ge=2, description="draws that a residual student sees")
     match: float = Field(default=1.0, ge=0, description="as in `demur distill`, residual only")
+    lora_rank: int | None = Field(
+        default=16,
+        gt=0,
+        description="of the updates of exit and model drafts, as in `demur distill`; null trains "
+        "all their weights",
+    )
     loss_tokens: int | None = Field(default=64, gt=0, description="as in `demur distill`")
     learning_rate: float = Field(default=3e-4, gt=0)
     warmup: int = Field(default=10, ge=0, description="steps of each student after each restart")

@@ -17,7 +17,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _SLICE_S = 0.2
-_NICE = 10
+_NICE = 15
 
 
 class Load:
@@ -50,7 +50,9 @@ def is_busy(folder: Path) -> bool:
             pending = int.from_bytes(file.read_bytes(), "little")
         except FileNotFoundError:  # it has ended
             continue
-        if pending and Path("/proc", file.name).exists():
+        if not Path("/proc", file.name).exists():
+            file.unlink(missing_ok=True)  # it was killed; another could get its number
+        elif pending:
             return True
     return False
 
@@ -102,7 +104,7 @@ class Pace:
 
 
 def step_aside() -> None:
-    """Give way to services on this machine: about a tenth of a core that they want as well.
+    """Give way to services on this machine: about a thirtieth of a core that they want as well.
 
     Where Linux groups processes by session, `nice` counts within a session only, so the session's
     own value is set, too; `demur serve` starts its trainer in a session of its own.

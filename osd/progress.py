@@ -18,6 +18,7 @@ class Progress(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     base: str  # the version that the weights descend from
+    origin: str  # the one that students were made of: low-rank updates are to its weights
     first: str  # the one that the gate's bounds are taken from
     spool: str  # its identity
     positions: list[str]  # in it, of each student's last text
@@ -43,6 +44,7 @@ class Progress(BaseModel):
         """Before the first step."""
         return cls(
             base=version,
+            origin=version,
             first=version,
             spool=spool,
             positions=[START] * students,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from drafts.errors import WeightsError
 from drafts.manifest import Ensemble, load_ensemble
 from drafts.store import DraftsStore
 from osd import gate
@@ -32,10 +33,28 @@ class Review(NamedTuple):
     """What was found of a candidate, and of the versions that it was held against."""
 
     reasons: list[str]  # why it must not go live
-    candidate: Measured
+    candidate: Measured | None  # None: its weights cannot be used
     serving: Measured
     first: Measured
     calibration: str  # what became of it
+
+    def __str__(self) -> str:
+        now = "none" if self.candidate is None else f"{self.candidate.traffic.kl_mixture:.4f}"
+        before = self.serving.traffic.kl_mixture
+        return f"KL on traffic {now}, was {before:.4f}; calibration {self.calibration}"
+
+    def about(self) -> dict[str, Any]:
+        """What is told of the version in the store."""
+        told: dict[str, Any] = {
+            "refused": self.reasons,
+            "serving, on traffic": self.serving.traffic._asdict(),
+            "first, on traffic": self.first.traffic._asdict(),
+            "calibration": self.calibration,
+        }
+        if self.candidate is not None:
+            told["reference"] = self.candidate.reference._asdict()
+            told["traffic"] = self.candidate.traffic._asdict()
+        return told
 
 
 class Reviewer:
@@ -57,7 +76,8 @@ class Reviewer:
         reference: list[Text],
         work: Path,
     ) -> None:
-        self._config = config
+        # Whole weights: nothing is trained here, and norms are of what serves.
+        self._config = config.model_copy(update={"lora_rank": None})
         self._ensemble = ensemble
         self._store = store
         self._teacher = teacher
@@ -87,14 +107,17 @@ class Reviewer:
             first: the one that bounds are taken from.
         """
         written = load_ensemble(folder, self._ensemble.target_path)
-        candidate = students_of(written, self._config, self._teacher)
         traffic = self._traffic(texts)
+        old = {name: self._measured(name, traffic) for name in {serving, first}}
+        calibration = "not checked: the version is refused"
+        try:
+            candidate = students_of(written, self._config, self._teacher)
+        except WeightsError as error:  # NaN or infinity
+            return Review([str(error)], None, old[serving], old[first], calibration)
         new = Measured(self._measure(self._reference, candidate), self._measure(traffic, candidate))
         began = self._students(first)
-        reasons = gate.check_weights(candidate, began, self._config.gate)
-        old = {name: self._measured(name, traffic) for name in {serving, first}}
+        reasons = gate.check_norms(candidate, began, self._config.gate)
         reasons += gate.judge(new, old[serving], old[first], self._config.gate)
-        calibration = "not checked: the version is refused"
         if not reasons:
             name = written.manifest.weights_version
             calibration = self._recalibrator.calibrate(folder, name, candidate, began)

@@ -52,7 +52,7 @@ class Spool(Protocol):
         """Add conversations, all or none; they outlive this process once it returns.
 
         After an error it is not known whether they were added: give them again under the name of
-        the same `batch`, and they are added once.
+        the same `batch`, before any others, and they are added once.
         """
         ...
 

@@ -1,8 +1,9 @@
 """The traffic spool as a Redis stream: any number of machines share it.
 
-Keys: `<prefix>:traffic` (the stream), `:bytes`, `:cleared`, `:identity`. What was appended
-outlives a Redis that is killed if it runs with `appendonly yes`; without that, a warning says so.
-Age is by Redis's own clock, in which a stream's ids never go back.
+Keys: `<prefix>:traffic` (the stream), `:bytes`, `:cleared`, `:identity`, and a `:batch:<writer>`
+for each service that writes. What was appended outlives a Redis that is killed if it runs with
+`appendonly yes`; without that, a warning says so. Age is by Redis's own clock, in which a stream's
+ids never go back.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_S = 5.0
 _AT_ONCE = 64
 _OVERHEAD = 64  # bytes of an entry beside its token ids
-_SEEN_S = 86_400  # for how long a batch's name is remembered
+_SEEN_S = 30 * 86_400  # for how long a writer's last batch is remembered
 # All or none, and once: an answer that was lost on its way does not say whether it was done.
 _APPEND = """
-if redis.call('SET', KEYS[3], 1, 'NX', 'EX', ARGV[2]) then
-    for i = 3, #ARGV, 3 do
+if redis.call('GET', KEYS[3]) ~= ARGV[3] then
+    redis.call('SET', KEYS[3], ARGV[3], 'EX', ARGV[2])
+    for i = 4, #ARGV, 3 do
         redis.call('XADD', KEYS[1], '*', 'key', ARGV[i], 'start', ARGV[i + 1], 'ids', ARGV[i + 2])
     end
     redis.call('INCRBY', KEYS[2], ARGV[1])
@@ -62,6 +64,7 @@ class RedisSpool:
         self._stream, self._bytes, self._cleared, self._identity = (
             f"{prefix}:{name}" for name in ("traffic", "bytes", "cleared", "identity")
         )
+        self._last_batch = f"{prefix}:batch:{uuid.uuid4().hex}"  # this writer's
         with self._told():
             self._redis: Any = redis.Redis.from_url(
                 url,
@@ -77,10 +80,10 @@ class RedisSpool:
             packed = array("I", text.token_ids).tobytes()
             size += len(packed) + _OVERHEAD
             arguments += [text.key, text.response_start, packed]
-        seen = f"{self._stream}:batch:{batch or uuid.uuid4().hex}"
+        batch = batch or uuid.uuid4().hex
         with self._told():
-            keys = (self._stream, self._bytes, seen)
-            self._redis.eval(_APPEND, len(keys), *keys, size, _SEEN_S, *arguments)
+            keys = (self._stream, self._bytes, self._last_batch)
+            self._redis.eval(_APPEND, len(keys), *keys, size, _SEEN_S, batch, *arguments)
             self._trim_size()
 
     def read(self, after: str, limit: int) -> list[Entry]:

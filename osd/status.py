@@ -64,6 +64,7 @@ class Reporter:
                 texts=progress.texts,
                 waiting=waiting,
                 skipped=progress.skipped,
+                unusable=0 if traffic is None else traffic.unusable,
                 diverged=progress.diverged,
                 held_out=0 if traffic is None else len(traffic.held_out_after()),
                 published=progress.published,

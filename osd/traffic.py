@@ -8,12 +8,16 @@ from once, whenever the trainer is killed.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
+from itertools import islice
 
 from osd.corpus import Text
 from osd.online_config import OnlineConfig
 from osd.shards import is_held_out, shard_of
 from osd.spool import START, Entry, Spool, order
+
+logger = logging.getLogger(__name__)
 
 _PAGE = 500
 
@@ -24,15 +28,24 @@ class Traffic:
     Args:
         spool: what is read.
         positions: of each student's last text.
-        config: `diverse`, what is held out, and how much may wait.
+        config: `diverse`, what is held out, how long texts may be, and how much may wait.
+        vocab_size: of the target.
+
+    Attributes:
+        unusable: texts, since this was made, whose prompt leaves no token to learn from or to
+            measure, or which are of another model.
     """
 
-    def __init__(self, spool: Spool, positions: list[str], config: OnlineConfig) -> None:
+    def __init__(
+        self, spool: Spool, positions: list[str], config: OnlineConfig, vocab_size: int
+    ) -> None:
+        self.unusable = 0
         # One text a conversation, the latest ones last.
         self._held_out: OrderedDict[int, Entry] = OrderedDict()
         self._salt = spool.identity()
         self._spool = spool
         self._config = config
+        self._vocab_size = vocab_size
         self._skipped = 0
         self._cleared = spool.cleared()
         self.go_to(positions)
@@ -67,13 +80,14 @@ class Traffic:
         """How many texts wait for a student."""
         return len(self._waiting[student])
 
-    def take(self, student: int, count: int) -> list[Text]:
-        """A student's next texts, at most so many; its position moves behind them."""
-        queue = self._waiting[student]
-        taken = [queue.popleft() for _ in range(min(count, len(queue)))]
-        if taken:
-            self.positions[student] = taken[-1].position
-        return [entry.text for entry in taken]
+    def next_texts(self, student: int, count: int) -> list[Text]:
+        """A student's next texts, at most so many."""
+        return [entry.text for entry in islice(self._waiting[student], count)]
+
+    def done(self, student: int, count: int) -> None:
+        """So many of a student's next texts were learned from: its position moves behind them."""
+        for _ in range(count):
+            self.positions[student] = self._waiting[student].popleft().position
 
     def all_waiting(self) -> list[int]:
         """The same for each student."""
@@ -98,6 +112,8 @@ class Traffic:
         key = entry.text.key
         if not is_held_out(key, self._config.held_out_one_in, self._salt):
             return False
+        if not self._is_usable(entry.text, self._config.measured_tokens):
+            return True
         self._held_out.pop(key, None)
         self._held_out[key] = entry
         if len(self._held_out) > self._config.held_out_texts:
@@ -107,8 +123,10 @@ class Traffic:
     def _deal(self, entry: Entry) -> None:
         count = len(self._waiting)
         text = entry.text
+        if not self._is_usable(text, self._config.max_tokens):
+            return
         cut = entry
-        if text.response_start < self._config.max_tokens < len(text.token_ids):
+        if self._config.max_tokens < len(text.token_ids):
             # What waits is held in memory.
             ids = text.token_ids[: self._config.max_tokens]
             cut = Entry(entry.position, text.model_copy(update={"token_ids": ids}))
@@ -121,3 +139,18 @@ class Traffic:
             if len(queue) > self._config.max_backlog:
                 queue.popleft()
                 self._skipped += 1
+
+    def _is_usable(self, text: Text, max_tokens: int) -> bool:
+        """Whether anything is left of a text that is cut; what is in a spool may be of another
+        model."""
+        if text.response_start < max_tokens and max(text.token_ids) < self._vocab_size:
+            return True
+        if not self.unusable:
+            logger.warning(
+                "a text cannot be used: its answer begins at token %d, and texts are cut at %d "
+                "(max_tokens, measured_tokens), or it is of another model; more are only counted",
+                text.response_start,
+                max_tokens,
+            )
+        self.unusable += 1
+        return False

@@ -43,8 +43,8 @@ def students_of(
         WeightsError: if a file cannot be used.
     """
     return [
-        _student(path, members, config, teacher, metric_dd)
-        for path, members in checkpoints(ensemble).items()
+        _student(path, members, config, teacher, metric_dd, config.seed + number)
+        for number, (path, members) in enumerate(checkpoints(ensemble).items())
     ]
 
 
@@ -67,6 +67,7 @@ def _student(
     config: OnlineConfig,
     teacher: Teacher,
     metric_dd: Tensor | None,
+    seed: int,
 ) -> Trainee:
     first = members[0]
     dtype = getattr(torch, config.dtype)
@@ -75,10 +76,12 @@ def _student(
         return _residual(members, weights, config, teacher, metric_dd)
     if isinstance(first.draft, ExitDraft):
         own = first.config.num_hidden_layers
-        drafts = ExitDrafts(kind="exit", layer=first.draft.layer, own_layers=own)
-        return ExitStudent(drafts, path, teacher.head_Vd, dtype, config.seed)
-    source = ModelDrafts(kind="model", source=str(path))
-    return ModelStudent(source, path, teacher.head_Vd, dtype, config.seed)
+        drafts = ExitDrafts(
+            kind="exit", layer=first.draft.layer, own_layers=own, lora_rank=config.lora_rank
+        )
+        return ExitStudent(drafts, path, teacher.head_Vd, dtype, seed)
+    source = ModelDrafts(kind="model", source=str(path), lora_rank=config.lora_rank)
+    return ModelStudent(source, path, teacher.head_Vd, dtype, seed)
 
 
 def _residual(

@@ -65,6 +65,10 @@ OSD_STEPS = Gauge("demur_osd_steps", "Steps of all students, ever")
 OSD_TEXTS = Gauge("demur_osd_texts", "Texts of the traffic that drafts have learned from")
 OSD_WAITING = Gauge("demur_osd_waiting_texts", "Texts that wait to be learned from")
 OSD_SKIPPED = Gauge("demur_osd_skipped_texts", "Texts that came too fast to be learned from")
+OSD_UNUSABLE = Gauge(
+    "demur_osd_unusable_texts",
+    "Texts since the trainer started that are too long to learn from, or of another model",
+)
 OSD_LAST_STEP = Gauge("demur_osd_last_step_timestamp_seconds", "When the last step was made")
 OSD_LOSS = Gauge("demur_osd_loss", "Mean loss of the last steps")
 OSD_VERSIONS = Gauge(
@@ -95,6 +99,7 @@ def observe_osd(status: OsdStatus) -> None:
     OSD_TEXTS.set(sum(trainer.texts))
     OSD_WAITING.set(sum(trainer.waiting))
     OSD_SKIPPED.set(trainer.skipped)
+    OSD_UNUSABLE.set(trainer.unusable)
     OSD_LAST_STEP.set(trainer.last_step or 0)
     OSD_LOSS.set(trainer.loss or 0)
     OSD_VERSIONS.labels("published").set(trainer.published)

@@ -224,6 +224,26 @@ def test_killed_between_a_version_and_its_checkpoint_it_learns_nothing_twice(
         assert again.progress.published == 1
 
 
+def test_restarted_after_a_version_it_has_the_same_weights(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool)
+        rounds(trainer, lambda: trainer.progress.published)
+        # Low-rank updates go on from the weights that they began with, not from the version's.
+        assert trainer.progress.origin == trainer.progress.first != trainer.progress.base
+        rounds(trainer, lambda: trainer.progress.since)
+        trainer.save()
+        again = here.trainer(spool)
+    assert again.progress == trainer.progress
+    for one, other in zip(weights(again), weights(trainer), strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), name
+
+
 def degenerate(count: int, kind: str) -> list[Text]:
     """What floods a service: one token repeated, or random ones."""
     rng = random.Random(kind)
@@ -285,8 +305,19 @@ def test_a_version_that_does_worse_than_its_parent_is_taken_back(
         rounds(trainer, lambda: trainer._next() == "waiting" or trainer.progress.taken_back)
         assert trainer.progress.taken_back == 0  # nothing has come since
         spool.append(traffic[60:])
+        make_current = trainer.store.make_current
+
+        def away(name: str) -> Any:
+            raise StoreError("the bucket is away")
+
+        trainer.store.make_current = away  # type: ignore[method-assign]
+        with pytest.raises(StoreError):
+            rounds(trainer, lambda: False)
+        trainer.store.make_current = make_current  # type: ignore[method-assign]
+        assert (trainer.progress.base, trainer.progress.taken_back) == (bad, 0)
         rounds(trainer, lambda: trainer.progress.taken_back)
         assert trainer.progress.base == good
+        assert trainer.progress.rate == 0.5
     store = DraftsStore(here.places.store)
     assert store.current().name == good
     assert "on traffic since it serves" in (store.withdrawn(bad) or "")
@@ -412,17 +443,13 @@ def test_it_rests_while_it_is_paused(exits: World, tmp_path: Path, traffic: list
         assert trainer.progress.step == 1
 
 
-def test_texts_that_nothing_can_be_learned_from_do_no_harm(exits: World, tmp_path: Path) -> None:
+def test_texts_that_nothing_can_be_learned_from_are_counted(
+    exits: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     here = exits.beside(tmp_path)
-    keys = [str(number) for number in range(400)]
-    texts = [
-        Text(key=conversation_key(prompt=key), response_start=1, token_ids=[1, 5000])
-        for key in keys[:100]
-    ]
-    texts += [
-        Text(key=conversation_key(prompt=key), response_start=450, token_ids=[1] * 460)
-        for key in keys[100:200]
-    ]
+    keys = [conversation_key(prompt=str(number)) for number in range(200)]
+    texts = [Text(key=key, response_start=1, token_ids=[1, 5000]) for key in keys[:100]]
+    texts += [Text(key=key, response_start=450, token_ids=[1] * 460) for key in keys[100:]]
     with here.spool() as spool:
         spool.append(texts)
         trainer = here.trainer(spool, replay=0.0)
@@ -430,7 +457,58 @@ def test_texts_that_nothing_can_be_learned_from_do_no_harm(exits: World, tmp_pat
         rounds(trainer, lambda: trainer._next() == "waiting")
         for one, other in zip(weights(trainer), before, strict=True):
             assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-        assert trainer.progress.published == 0
+    assert trainer.progress.step == 0
+    assert trainer.traffic.waiting(0) == 0
+    status = trainer.control.status()
+    assert status is not None
+    assert (status.unusable, status.held_out, status.texts) == (200, 0, [0, 0])
+    assert caplog.text.count("a text cannot be used") == 1
+
+
+def test_a_step_that_torch_cannot_make_costs_no_text(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic[:40])
+        trainer = here.trainer(spool)
+        trainer._look()
+        waiting, lesson = trainer.traffic.all_waiting(), trainer._lesson
+
+        def short_of_memory(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("there is no memory left")
+
+        trainer._lesson = short_of_memory  # type: ignore[method-assign]
+        with pytest.raises(OsdError, match="no memory left"):
+            trainer.round()
+        assert trainer.traffic.all_waiting() == waiting
+        assert trainer.progress.step == sum(trainer.progress.texts) == 0
+        trainer._lesson = lesson  # type: ignore[method-assign]
+        assert trainer.round() == "training"
+        assert sum(trainer.progress.texts) == 3
+
+
+def test_weights_that_hold_nan_are_refused_with_the_reason(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool)
+        first, clean = trainer.progress.base, weights(trainer)
+        trainer.traffic.pull()
+        with torch.no_grad():
+            next(trainer.students[1].module.parameters()).view(-1)[0] = torch.nan
+        trainer.judge()
+        assert trainer.progress.base == trainer.store.current().name == first
+        for one, other in zip(weights(trainer), clean, strict=True):
+            assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    verdict = trainer.progress.last_verdict
+    assert verdict is not None
+    assert verdict.verdict == "refused"
+    assert "NaN" in verdict.reasons[0]
+    [refused] = [version for version in trainer.store.versions() if version.name != first]
+    assert refused.about["refused"] == verdict.reasons
 
 
 def test_a_student_that_goes_on_is_the_one_that_was_written(world: World, tmp_path: Path) -> None:
@@ -551,13 +629,29 @@ def test_a_choice_that_was_made_while_a_version_was_judged_stands(
         assert trainer.store.current().name == first
         assert {version.name for version in trainer.store.versions()} == {first, second}
 
+        trainer.reviewer.review = review  # type: ignore[method-assign]
+        publish = trainer.store.publish
+
+        def slowly(*arguments: Any, **named: Any) -> Any:
+            version = publish(*arguments, **named)
+            trainer.store.make_current(second)
+            return version
+
+        trainer.store.publish = slowly  # type: ignore[method-assign]
+        spool.append(answers(exits.target, NEW, 160, "newer"))
+        rounds(trainer, lambda: trainer.progress.base == second)
+        assert trainer.store.current().name == second
+        [third] = {version.name for version in trainer.store.versions()} - {first, second}
+        assert "while it was published" in (trainer.store.withdrawn(third) or "")
+        trainer.store.publish = publish  # type: ignore[method-assign]
+
         trainer.reviewer.review = lambda *a, **n: (  # type: ignore[method-assign]
             trainer.control.pause("meanwhile"),
             review(*a, **n),
         )[1]
         spool.append(answers(exits.target, NEW, 160, "even newer"))
         rounds(trainer, lambda: trainer.control.paused() is not None)
-        assert {version.name for version in trainer.store.versions()} == {first, second}
+        assert {version.name for version in trainer.store.versions()} == {first, second, third}
 
 
 def test_another_spool_is_read_from_its_start(

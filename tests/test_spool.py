@@ -123,6 +123,20 @@ def test_a_batch_that_is_given_again_is_added_once(redis_server: RedisServer) ->
         assert spool.stats().texts == 1
         spool.append([text(1)], "batch-2")
         assert spool.stats().texts == 2
+        with open_spool(redis_server.url) as other:  # another writer's batches are its own
+            other.append([text(3)], "batch-3")
+        spool.append([text(1)], "batch-2")
+        assert spool.stats().texts == 3
+
+
+def test_batches_leave_nothing_behind(redis_server: RedisServer) -> None:
+    with open_spool(redis_server.url) as spool:
+        spool.append([text(0)])
+        keys = spool._redis.dbsize()
+        for number in range(20):
+            spool.append([text(number)])
+        assert spool._redis.dbsize() == keys
+        spool.clear()
 
 
 @pytest.mark.parametrize("years", [-10, 10])
