@@ -409,6 +409,7 @@ class Run:
         count = len(trainer["texts"])
         with open_spool(self.spool, name="smollm2-135m-instruct") as spool:
             entries, salt = spool.read(START, 100_000), spool.identity()
+        distinct = len({tuple(entry.text.token_ids) for entry in entries})
         learnable = [0] * count
         for entry in entries:
             if not is_held_out(entry.text.key, TRAINER["held_out_one_in"], salt):  # type: ignore[arg-type]
@@ -421,7 +422,8 @@ class Run:
             "acknowledged": acknowledged,
             # It may be more: some were acknowledged after a service was asked, and before its end.
             "in the spool": len(entries),
-            "acknowledged and lost": max(0, acknowledged - len(entries)),
+            "there twice": len(entries) - distinct,
+            "acknowledged and lost": max(0, acknowledged - distinct),
             "learned from, of each student": learned,
             "learned from, less read": [a - b for a, b in zip(learned, read, strict=True)],
             "published": trainer["published"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class HeldOut:
     Args:
         draws: how many draws make p_T.
         seed: of the first of them.
+        breathe: called between pieces of work, of some seconds each on a core.
     """
 
     def __init__(
@@ -47,15 +48,20 @@ class HeldOut:
         draws: int,
         max_tokens: int,
         seed: int,
+        breathe: Callable[[], None] = lambda: None,
     ) -> None:
         self.head_Vd = head_Vd
+        self._breathe = breathe
         ordered = sorted(texts, key=lambda text: len(text.token_ids))
         self.batches: list[tuple[Batch, Clean, list[Tensor]]] = []
         for start in range(0, len(ordered), _TEXTS):
             chosen = ordered[start : start + _TEXTS]
             batch = collate(chosen, max_tokens, self.head_Vd.device)
             clean = states.clean(chosen, batch)
-            members = [states.draw(chosen, batch, draw, seed + draw) for draw in range(draws)]
+            members = []
+            for draw in range(draws):
+                members.append(states.draw(chosen, batch, draw, seed + draw))
+                breathe()
             self.batches.append((batch, clean, members))
 
     @torch.no_grad()
@@ -72,6 +78,7 @@ class HeldOut:
                 logq_KTV = torch.stack([_logp(d.h_Td[rows], d.head_Vd) for d in drafts])
                 logp_MTV = torch.stack([_logp(m[rows], self.head_Vd) for m in members])
                 totals += _sums(logq_KTV, logp_MTV, _logp(h[rows], self.head_Vd))
+                self._breathe()
         means = totals / n_tokens
         means[-1].sqrt_()
         return Agreement(*means.tolist())

@@ -56,6 +56,10 @@ _STUCK_S = (1.0, 5.0, 30.0)  # waits after failures in a row
 _LEAST_RATE = 1 / 16
 
 
+class _Stopped(Exception):
+    """The trainer is to stop, in the midst of a judgement."""
+
+
 @dataclass(frozen=True)
 class Places:
     """Where things are.
@@ -112,23 +116,33 @@ class OnlineTrainer:
             target, config.posterior, config.dtype, config.device, places.folder / "svd"
         )
         self.fresh = FreshStates(self.teacher, self.ensemble.hidden_layers)
-        work = places.folder
-        self.reviewer = Reviewer(
-            config, self.ensemble, self.store, self.teacher, self.fresh, reference, work
-        )
         self.metric_dd = target_metric(self.fresh, reference, self.teacher, config.measured_tokens)
         # Of what a checkpoint is: students of another model are none of these.
         self.fixed = {"ensemble": self.ensemble.manifest.name, "students": count}
         self._go_on(current, spool)
         self.traffic = Traffic(spool, self.progress.positions, config, self.ensemble.vocab_size)
         self._follow_store()
+        self._stop = threading.Event()
+        self._activity: Activity = "starting"
+        self._charged = (time.monotonic(), self._work_clock())
+        self.reviewer = Reviewer(
+            config,
+            self.ensemble,
+            self.store,
+            self.teacher,
+            self.fresh,
+            reference,
+            places.folder,
+            self._breathe,
+        )
         self._looked, self._paused, self._saved = float("-inf"), False, ""
 
     def follow_traffic(self, stop: threading.Event) -> None:
         """Round after round until `stop` is set; then a last checkpoint."""
+        self._stop = stop
         failures = 0
         while not stop.is_set():
-            started, worked = time.monotonic(), self._work_clock()
+            self._charged = (time.monotonic(), self._work_clock())
             try:
                 if not self.pace.rest(stop, _LOOK_EVERY_S):
                     self._look()  # resting can take long: who pauses it, or deletes, is heard
@@ -136,6 +150,8 @@ class OnlineTrainer:
                     continue
                 activity = self.round()
                 failures = 0
+            except _Stopped:
+                break
             except (OSError, SafetensorError, OsdError, DraftsError) as error:
                 # A full disk, a store or a spool that is away: what is in memory goes on later.
                 wait = _STUCK_S[min(failures, len(_STUCK_S) - 1)]
@@ -147,13 +163,30 @@ class OnlineTrainer:
             if activity in ("waiting", "paused"):
                 stop.wait(_LOOK_EVERY_S)
             else:
-                self.pace.worked(self._work_clock() - worked, time.monotonic() - started)
+                self._charge()
         try:
             self.save()
             self.reporter.report("stopped", self.progress, self.traffic)
         except (OSError, SafetensorError, DraftsError) as error:
             # The checkpoint before is whole: the steps since are taken again.
             logger.error("the last steps are not kept: %s", error)
+
+    def _charge(self) -> None:
+        """Tell the pace of the work since the last time."""
+        before, now = self._charged, (time.monotonic(), self._work_clock())
+        self.pace.worked(now[1] - before[1], now[0] - before[0])
+        self._charged = now
+
+    def _breathe(self) -> None:
+        """In the midst of what takes minutes: keep to the share, and hear a stop."""
+        self._charge()
+        done = False
+        while not done:
+            done = self.pace.rest(self._stop, _LOOK_EVERY_S)
+            self.reporter.report_now_and_then(self._activity, self.progress, self.traffic)
+        if self._stop.is_set():
+            raise _Stopped("a judgement was cut short; it is made again")
+        self._charged = (time.monotonic(), self._work_clock())
 
     def _work_clock(self) -> float:
         """Seconds of work on the device, or on each of the `threads` cores."""
@@ -164,7 +197,7 @@ class OnlineTrainer:
     def round(self) -> Activity:
         """Do the next thing, and say what it was."""
         self._look()
-        activity = self._next()
+        self._activity = activity = self._next()
         self.reporter.report_now_and_then(activity, self.progress, self.traffic)
         if activity == "training":
             self.step()

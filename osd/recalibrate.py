@@ -7,7 +7,7 @@ them again; the Brier score of the probabilities says whether these are still wo
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -48,9 +48,17 @@ class Recalibrator:
     Args:
         ensemble: whose folder holds both; without either, no version has a calibration.
         states: of its target.
+        breathe: called between batches.
     """
 
-    def __init__(self, ensemble: Ensemble, teacher: Teacher, states: States) -> None:
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        teacher: Teacher,
+        states: States,
+        breathe: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._breathe = breathe
         self._name = ensemble.manifest.name
         self._teacher = teacher
         self._states = states
@@ -161,6 +169,7 @@ class Recalibrator:
             numbers = order[start : start + _TEXTS]
             texts = [self._texts[number] for number in numbers]
             found |= zip(numbers, self._measure_batch(students, texts, version), strict=True)
+            self._breathe()
         return [found[number] for number in range(len(self._texts))]
 
     def _measure_batch(

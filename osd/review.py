@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ class Reviewer:
         fresh: states of texts that are seen once.
         reference: texts that no draft learns from; their states are kept in `work`.
         work: this trainer's folder.
+        breathe: called between pieces of work; it may rest, or raise to end it.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class Reviewer:
         fresh: States,
         reference: list[Text],
         work: Path,
+        breathe: Callable[[], None],
     ) -> None:
+        self._breathe = breathe
         # Whole weights: nothing is trained here, and norms are of what serves.
         self._config = config.model_copy(update={"lora_rank": None})
         self._ensemble = ensemble
@@ -92,7 +95,7 @@ class Reviewer:
             seed=config.seed,
             folder=work,
         )
-        self._recalibrator = Recalibrator(ensemble, teacher, fresh)
+        self._recalibrator = Recalibrator(ensemble, teacher, fresh, breathe)
         self._reference = self._set(kept, reference, config.reference_draws)
         self._on_reference: dict[str, Agreement] = {}  # it never changes, nor does a version
 
@@ -160,6 +163,7 @@ class Reviewer:
             draws=draws,
             max_tokens=self._config.measured_tokens,
             seed=derived_seed(self._config.seed, "held out"),
+            breathe=self._breathe,
         )
 
     def _measure(self, on: HeldOut, students: Sequence[Trainee]) -> Agreement:

@@ -25,6 +25,7 @@ from osd.corpus import Text
 from osd.errors import OsdError, OtherRunError
 from osd.online import OnlineTrainer, run
 from osd.online_config import OnlineConfig
+from osd.pace import Pace
 from osd.publish import first_version, open_version
 from osd.shards import conversation_key, is_held_out, shard_of
 from osd.spool import open_spool
@@ -486,6 +487,38 @@ def test_a_step_that_torch_cannot_make_costs_no_text(
         trainer._lesson = lesson  # type: ignore[method-assign]
         assert trainer.round() == "training"
         assert sum(trainer.progress.texts) == 3
+
+
+def test_a_judgement_keeps_to_the_share_and_hears_a_stop(
+    exits: World, tmp_path: Path, traffic: list[Text]
+) -> None:
+    here = exits.beside(tmp_path)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool)
+        trainer._look()
+        while trainer._next() == "training":
+            trainer.step()
+        assert trainer._next() == "judging"
+        trainer.pace = Pace(share=1e-4, busy_share=1e-4, busy=lambda: False)
+        stop = threading.Event()
+        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,))
+        thread.start()
+        deadline = time.monotonic() + 60
+        while not trainer.pace._owed:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)
+        status = trainer.control.status()
+        assert status is not None
+        assert status.activity == "judging"
+        stop.set()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert [version.name for version in trainer.store.versions()] == [trainer.progress.first]
+        again = here.trainer(spool)  # it was cut short, and is made again
+        assert again.progress == trainer.progress
+        rounds(again, lambda: again.progress.published)
 
 
 def test_weights_that_hold_nan_are_refused_with_the_reason(
