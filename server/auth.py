@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -31,11 +32,15 @@ def authorise_admin(request: Request, credentials: _Credentials) -> None:
     """Let in whoever has one of `admin_keys`; everybody if the service has no keys at all.
 
     Raises:
-        Forbidden: with a key that is good for scoring only.
+        Forbidden: with a key that is good for scoring only; without keys, for a page of another
+            site that a browser on this machine shows.
         Unauthorized: without a key that fits.
     """
     settings: Settings = request.app.state.demur.settings
     if not settings.api_keys and not settings.admin_keys:
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise Forbidden(f"pages of {origin} may not administer this service: set `admin_keys`")
         return
     if _fits(credentials, settings.admin_keys):
         return

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from drafts.errors import DraftsError
 from drafts.manifest import load_ensemble
@@ -133,10 +134,13 @@ class Online:
                 await aside(control.pause, reason)
 
     async def clear(self) -> int:
-        """Drop all conversations: those in the spool, and those on their way into it."""
-        if self.capture is None:
+        """Drop all conversations: those in the spool, and those on their way into it.
+
+        Those of a spool that was filled before `osd` was turned off, too.
+        """
+        if self.capture is None and not await aside(self._has_spool):
             raise BadRequest("this service keeps no conversations (osd is off)", code="osd_off")
-        waiting = await aside(self.capture.forget)
+        waiting = 0 if self.capture is None else await aside(self.capture.forget)
         with _told_to_clients():
             return waiting + await aside(lambda: self._shared_spool().clear())
 
@@ -155,6 +159,10 @@ class Online:
         if self._spool is None:
             self._spool = self._open_spool()
         return self._spool
+
+    def _has_spool(self) -> bool:
+        place = self.settings.spool_place
+        return "://" in place or Path(place).exists()
 
     def _spool_status(self) -> schemas.SpoolStatus | None:
         if self.capture is None:

@@ -158,6 +158,34 @@ async def test_a_service_with_osd_off_keeps_nothing_and_says_so(
     assert not (tmp_path / "osd").exists()
 
 
+async def test_what_was_kept_before_osd_was_turned_off_can_be_deleted(
+    encoder: TextEncoder, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "osd").mkdir()
+    with open_spool(str(tmp_path / "osd" / "spool.sqlite")) as spool:
+        spool.append([Text(key=1, response_start=1, token_ids=[1, 2])])
+        async with serve(encoder, folder, tmp_path, osd="off") as service:
+            deleted = await service.client.delete("/v1/osd/spool", headers=ADMIN)
+            assert (deleted.status_code, deleted.json()["deleted"]) == (200, 1)
+        assert spool.stats().texts == 0
+
+
+async def test_a_page_of_another_site_does_not_administer_a_service_without_keys(
+    encoder: TextEncoder, folder: Path, tmp_path: Path
+) -> None:
+    async with serve(encoder, folder, tmp_path, api_keys=[], admin_keys=[]) as service:
+        host = str(service.client.base_url.netloc.decode())
+        for origin, status in (
+            ("https://elsewhere.example", 403),
+            ("null", 403),
+            (f"http://{host}", 200),
+            (None, 200),
+        ):
+            headers = {} if origin is None else {"Origin": origin}
+            answer = await service.client.post("/v1/osd/pause", headers=headers)
+            assert answer.status_code == status, (origin, answer.text)
+
+
 async def test_only_admins_see_and_change_it(service: Service) -> None:
     for method, path in (
         ("GET", "/v1/drafts"),
