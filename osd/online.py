@@ -22,38 +22,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from drafts.errors import DraftsError, StoreError
 from drafts.manifest import load_ensemble, read_manifest
 from drafts.store import DraftsStore, Version
-from osd import checkpoint
 from osd.alone import alone
 from osd.build import check_device, open_teacher, shards, split
-from osd.control import Activity, Control, LastVerdict
+from osd.control import Activity, Control
 from osd.corpus import Corpus, Text, check_target
 from osd.errors import CheckpointError, OsdError, OtherRunError
+from osd.learner import Learner
 from osd.online_config import OnlineConfig
 from osd.pace import Pace, is_busy, step_aside
 from osd.progress import Progress
-from osd.publish import first_version, open_version, write_version
+from osd.publish import first_version, write_version
 from osd.review import Review, Reviewer
 from osd.schedule import batch_at, derived_seed
 from osd.spool import Spool, open_spool
 from osd.states import FreshStates
 from osd.status import Reporter
-from osd.step import Diverged, new_optimiser, posterior_lesson, take_step
-from osd.students import Lesson
-from osd.teacher import collate
+from osd.step import Diverged
 from osd.traffic import Traffic
-from osd.warm_start import checkpoints, students_of, target_metric
+from osd.warm_start import checkpoints
 
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 2.0  # at the store and the spool
 _STUCK_S = (1.0, 5.0, 30.0)  # waits after failures in a row
-_LEAST_RATE = 1 / 16
 
 
 class _Stopped(Exception):
@@ -116,9 +112,16 @@ class OnlineTrainer:
             target, config.posterior, config.dtype, config.device, places.folder / "svd"
         )
         self.fresh = FreshStates(self.teacher, self.ensemble.hidden_layers)
-        self.metric_dd = target_metric(self.fresh, reference, self.teacher, config.measured_tokens)
-        # Of what a checkpoint is: students of another model are none of these.
-        self.fixed = {"ensemble": self.ensemble.manifest.name, "students": count}
+        self.learner = Learner(
+            config,
+            self.ensemble,
+            self.store,
+            current,
+            self.teacher,
+            self.fresh,
+            reference,
+            places.folder,
+        )
         self._go_on(current, spool)
         self.traffic = Traffic(spool, self.progress.positions, config, self.ensemble.vocab_size)
         self._follow_store()
@@ -232,26 +235,17 @@ class OnlineTrainer:
         config, progress = self.config, self.progress
         texts = self.traffic.next_texts(number, config.texts - config.replayed)
         learned = len(texts)
-        index, warm = progress.steps[number], progress.warm // len(self.students)
+        index, warm = progress.steps[number], progress.warm // len(self.learner.students)
         if config.replayed:
             order = derived_seed(config.seed, "replay", number)
             texts += batch_at(self.replay[number], index, config.replayed, order)
         warmth = min(1.0, (warm + 1) / max(1, config.warmup))
         try:
-            loss, _ = take_step(
-                self.students[number],
-                self.optimisers[number],
-                [self._lesson(number, index, texts)],
-                count=1,
-                rate=config.learning_rate * progress.rate * warmth,
-                clip_norm=config.clip_norm,
-            )
+            rate = config.learning_rate * progress.rate * warmth
+            loss = self.learner.learn(number, index, texts, rate)
         except Diverged as error:
             progress.diverged += 1
             logger.warning("student %d, step %d: %s; it is left out", number, index, error)
-        except RuntimeError as error:  # torch's; that memory is short, say: the texts wait
-            self.optimisers[number].zero_grad()
-            raise OsdError(f"student {number}, step {index}: {error}") from error
         else:
             progress.last_step = time.time()
             self.reporter.loss(loss)
@@ -261,25 +255,10 @@ class OnlineTrainer:
         progress.since += 1
         progress.warm += 1
 
-    def _lesson(self, number: int, index: int, texts: list[Text]) -> Lesson:
-        seed = self.config.seed
-        drafts = getattr(self.students[number], "config", None)
-        draws = getattr(drafts, "teacher_draws", 1)
-        return posterior_lesson(
-            self.fresh,
-            texts,
-            collate(texts, self.config.max_tokens, self.teacher.head_Vd.device),
-            visit=0,
-            seeds=[derived_seed(seed, "draw", number, index, n) for n in range(draws)],
-            rows_seed=derived_seed(seed, "rows", number, index),
-            loss_tokens=self.config.loss_tokens,
-            with_eu=False,
-        )
-
     def _next_student(self) -> int | None:
         """The one with the fewest steps among those for which enough texts wait."""
         wanted = self.config.texts - self.config.replayed
-        ready = [n for n in range(len(self.students)) if self.traffic.waiting(n) >= wanted]
+        ready = [n for n in range(len(self.learner.students)) if self.traffic.waiting(n) >= wanted]
         return min(ready, key=lambda n: (self.progress.steps[n], n), default=None)
 
     # Versions.
@@ -295,7 +274,7 @@ class OnlineTrainer:
             return
         folder = self.places.folder / "candidate"
         stem = f"{self.ensemble.members[0].draft.kind}-osd-{self.progress.step}"
-        name = write_version(self.ensemble, self.students, folder, stem)
+        name = write_version(self.ensemble, self.learner.students, folder, stem)
         held_out = self.traffic.held_out_after()
         review = self.reviewer.review(
             folder, held_out, serving=self.progress.base, first=self.progress.first
@@ -325,6 +304,15 @@ class OnlineTrainer:
         self.save()
         self._tidy()
 
+    def _after(self, name: str, review: Review) -> Progress:
+        self.progress.positions = list(self.traffic.positions)
+        read = self.traffic.last
+        if review.reasons or review.candidate is None:
+            serving = review.serving.traffic._asdict()
+            return self.progress.refuse(name, review.reasons, read, serving)
+        new = review.candidate
+        return self.progress.publish(name, read, new.traffic._asdict(), new.reference._asdict())
+
     def _is_overruled(self) -> bool:
         """Whether somebody chose another version, or a pause, while this one was measured."""
         self._paused = self.control.paused() is not None
@@ -341,51 +329,21 @@ class OnlineTrainer:
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _after(self, name: str, review: Review) -> Progress:
-        after = self.progress.model_copy(deep=True)
-        after.positions = list(self.traffic.positions)
-        after.since = 0
-        after.judged = self.traffic.last
-        after.last_verdict = LastVerdict(
-            version=name,
-            verdict="refused" if review.reasons else "published",
-            reasons=review.reasons,
-            time=time.time(),
-        )
-        if review.reasons:
-            after.refused += 1
-            after.rate = max(_LEAST_RATE, after.rate / 2)
-            after.traffic = review.serving.traffic._asdict()
-        else:
-            after.published += 1
-            after.rate = min(1.0, after.rate * 2)
-            after.base, after.watched = name, self.traffic.last
-            assert review.candidate is not None
-            after.traffic = review.candidate.traffic._asdict()
-            after.reference = review.candidate.reference._asdict()
-        return after
-
     def _watch(self, fresh: list[Text]) -> None:
-        progress = self.progress.model_copy(deep=True)  # the store may fail on the way
-        version = self.store.version(progress.base)
+        version = self.store.version(self.progress.base)
         if version.parent is None:
             self.progress.watched = None
             return
         reason, now = self.reviewer.watch(fresh, serving=version.name, parent=version.parent)
         if self._is_overruled():
             return
-        progress.watched, progress.traffic = None, now._asdict()
         if reason is None:
-            self.progress = progress
+            self.progress.watched, self.progress.traffic = None, now._asdict()
             return
         logger.warning("version %s is taken back: %s", version.name, reason)
-        progress.taken_back += 1
-        progress.rate = max(_LEAST_RATE, progress.rate / 2)
-        progress.last_verdict = LastVerdict(
-            version=version.name, verdict="taken back", reasons=[reason], time=time.time()
-        )
+        after = self.progress.take_back(version.name, reason, now._asdict())
         self.store.withdraw(version.name, reason)
-        self._start_from(self.store.make_current(version.parent), progress)
+        self._start_from(self.store.make_current(version.parent), after)
         self.save()
 
     def _to_watch(self) -> list[Text]:
@@ -418,38 +376,21 @@ class OnlineTrainer:
             self.traffic.go_to(self.progress.positions)
 
     def _progress_of(self, version: Version) -> Progress:
-        """The progress to go on with from a version: the later one of its and this trainer's."""
-        mine = self.progress.model_copy(deep=True)  # the version may yet turn out to be damaged
         told = version.about.get("progress")
         its = None
         if told is not None:
             try:
-                its = self._read_progress(told)
+                its = Progress.read(told)
             except CheckpointError as error:
                 logger.warning("version %s: %s", version.name, error)
-        if its is None:
-            mine.first = version.name  # made elsewhere: bounds are taken from it
-        else:
-            if its.spool == mine.spool and its.base == version.name and its.step >= mine.step:
-                return its  # this trainer was killed between publishing it and its checkpoint
-        mine.since, mine.watched, mine.traffic = 0, None, None
-        mine.reference = version.about.get("reference")
-        return mine
+        return self.progress.go_on_from(version.name, its, version.about.get("reference"))
 
     def _start_from(self, version: Version, progress: Progress) -> None:
         """Students with a version's weights, and new moments."""
-        self._make_students(version)
+        self.learner.begin_from(version)
         progress.base = progress.origin = version.name
         progress.warm, progress.since = 0, 0
         self.progress = progress
-
-    def _make_students(self, version: Version) -> None:
-        opened = open_version(self.store, version, self.ensemble, self.places.folder)
-        self.students = students_of(opened, self.config, self.teacher, self.metric_dd)
-        self.optimisers = [
-            new_optimiser(s.module, self.config.learning_rate, self.config.weight_decay)
-            for s in self.students
-        ]
 
     # What outlives this process.
 
@@ -460,42 +401,28 @@ class OnlineTrainer:
         state = self.progress.model_dump_json()
         if state == self._saved:
             return
-        checkpoint.save(
-            self.places.folder,
-            self.progress.step,
-            self.fixed,
-            [student.module for student in self.students],
-            self.optimisers,
-            self.progress.model_dump(mode="json"),
-        )
+        self.learner.save(self.progress)
         self._saved = state
 
     def _is_due(self) -> bool:
         return self.progress.step % self.config.checkpoint_every == 0
 
-    def _read_progress(self, told: Any) -> Progress:
-        try:
-            return Progress.model_validate(told)
-        except ValidationError as error:
-            raise CheckpointError(f"a progress of another demur ({error})") from error
-
     def _go_on(self, current: Version, spool: Spool) -> None:
         """From the last whole checkpoint, or from the current version."""
-        folder = self.places.folder
         while True:
             self._start_from(current, self.progress)
             try:
-                found = self._load_checkpoint()
+                found = self.learner.load()
                 if found is not None and found.origin != current.name:
-                    self._make_students(self.store.version(found.origin))
-                    self._load_checkpoint()
+                    self.learner.begin_from(self.store.version(found.origin))
+                    self.learner.load()
                 break
             except OtherRunError:
                 raise  # it is whole: whoever named another ensemble by mistake wants it back
             except (CheckpointError, DraftsError) as error:
                 # The one before has positions of its own: nothing is lost with this one but time.
                 logger.warning("%s", error)
-                checkpoint.drop_last(folder)
+                self.learner.drop_last()
         if found is None:
             self._start_from(current, self._progress_of(current))
             return
@@ -507,14 +434,6 @@ class OnlineTrainer:
             )
             found.watched = None
         self.progress = found
-
-    def _load_checkpoint(self) -> Progress | None:
-        """Put the last checkpoint into the students; what belongs to its weights."""
-        folder = self.places.folder
-        modules = [student.module for student in self.students]
-        checkpoint.load_last(folder, self.fixed, modules, self.optimisers)
-        told = checkpoint.read_progress(folder)
-        return self._read_progress(told) if told else None
 
     def _read_corpus(self, target: Path, count: int) -> list[Text]:
         """Sets `replay`, a list of texts for each student; returns the reference set."""

@@ -51,7 +51,7 @@ def traffic(exits: World) -> list[Text]:
 def weights(trainer: OnlineTrainer) -> list[dict[str, torch.Tensor]]:
     return [
         {name: tensor.clone() for name, tensor in student.module.state_dict().items()}
-        for student in trainer.students
+        for student in trainer.learner.students
     ]
 
 
@@ -111,13 +111,13 @@ def test_each_text_is_learned_from_by_one_draft_and_held_out_ones_by_none(
         spool.append(traffic)
         trainer = here.trainer(spool, publish_every=10_000, replay=0.0, texts=2)
         seen: list[list[Text]] = [[], []]
-        lesson = trainer._lesson
+        lesson = trainer.learner.lesson
 
         def watched(number: int, index: int, texts: list[Text]) -> Any:
             seen[number] += texts
             return lesson(number, index, texts)
 
-        trainer._lesson = watched  # type: ignore[method-assign]
+        trainer.learner.lesson = watched  # type: ignore[method-assign]
         rounds(trainer, lambda: trainer._next() == "waiting")
         salt = spool.identity()
     for number, texts in enumerate(seen):
@@ -293,7 +293,7 @@ def test_a_version_that_does_worse_than_its_parent_is_taken_back(
         good = trainer.progress.base
         # A version that a gate should not have let through.
         with torch.no_grad():
-            for student in trainer.students:
+            for student in trainer.learner.students:
                 for parameter in student.module.parameters():
                     parameter.add_(0.05 * torch.randn_like(parameter))
         spool.append(traffic[:60])
@@ -474,17 +474,17 @@ def test_a_step_that_torch_cannot_make_costs_no_text(
         spool.append(traffic[:40])
         trainer = here.trainer(spool)
         trainer._look()
-        waiting, lesson = trainer.traffic.all_waiting(), trainer._lesson
+        waiting, lesson = trainer.traffic.all_waiting(), trainer.learner.lesson
 
         def short_of_memory(*_: Any) -> Any:
             raise torch.OutOfMemoryError("there is no memory left")
 
-        trainer._lesson = short_of_memory  # type: ignore[method-assign]
+        trainer.learner.lesson = short_of_memory  # type: ignore[method-assign]
         with pytest.raises(OsdError, match="no memory left"):
             trainer.round()
         assert trainer.traffic.all_waiting() == waiting
         assert trainer.progress.step == sum(trainer.progress.texts) == 0
-        trainer._lesson = lesson  # type: ignore[method-assign]
+        trainer.learner.lesson = lesson  # type: ignore[method-assign]
         assert trainer.round() == "training"
         assert sum(trainer.progress.texts) == 3
 
@@ -531,7 +531,7 @@ def test_weights_that_hold_nan_are_refused_with_the_reason(
         first, clean = trainer.progress.base, weights(trainer)
         trainer.traffic.pull()
         with torch.no_grad():
-            next(trainer.students[1].module.parameters()).view(-1)[0] = torch.nan
+            next(trainer.learner.students[1].module.parameters()).view(-1)[0] = torch.nan
         trainer.judge()
         assert trainer.progress.base == trainer.store.current().name == first
         for one, other in zip(weights(trainer), clean, strict=True):
@@ -551,7 +551,7 @@ def test_a_student_that_goes_on_is_the_one_that_was_written(world: World, tmp_pa
     with here.spool() as spool:
         trainer = here.trainer(spool)
     ensemble = load_ensemble(here.places.ensemble)
-    name = write_version(ensemble, trainer.students, tmp_path / "again", "same")
+    name = write_version(ensemble, trainer.learner.students, tmp_path / "again", "same")
     assert name.startswith("same-")
     for member in ensemble.members:
         written = load_file(tmp_path / "again" / member.path.name / "model.safetensors")
@@ -570,7 +570,7 @@ def test_weights_in_bfloat16_are_published_in_bfloat16(world: World, tmp_path: P
     here = world.beside(tmp_path)
     with here.spool() as spool:
         trainer = here.trainer(spool)
-    write_version(narrow, trainer.students, tmp_path / "version", "v")
+    write_version(narrow, trainer.learner.students, tmp_path / "version", "v")
     for file in (tmp_path / "version").rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
 
@@ -715,7 +715,7 @@ def test_a_checkpoint_of_another_ensemble_is_left_alone(
         trainer = here.trainer(spool, publish_every=10_000)
         rounds(trainer, lambda: trainer.progress.step >= 4)
         kept = sorted(here.places.folder.glob("checkpoint-*"))
-        trainer.fixed["ensemble"] = "another"
+        trainer.learner.fixed["ensemble"] = "another"
         with pytest.raises(OtherRunError, match="another ensemble"):
             trainer._go_on(trainer.store.current(), spool)
         assert sorted(here.places.folder.glob("checkpoint-*")) == kept
