@@ -415,7 +415,7 @@ def test_a_full_disk_stops_it_until_there_is_room(
         monkeypatch.setattr(checkpoint, "save", full)
         monkeypatch.setattr(trainer.reporter, "stuck", reported)
         stop = threading.Event()
-        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,))
+        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,), daemon=True)
         thread.start()
         while not trainer.progress.step or trainer._next() != "waiting" or failures[0] < 4:
             time.sleep(0.05)
@@ -502,7 +502,7 @@ def test_a_judgement_keeps_to_the_share_and_hears_a_stop(
         assert trainer._next() == "judging"
         trainer.pace = Pace(share=1e-4, busy_share=1e-4, busy=lambda: False)
         stop = threading.Event()
-        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,))
+        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,), daemon=True)
         thread.start()
         deadline = time.monotonic() + 60
         while not trainer.pace._owed:
@@ -732,17 +732,19 @@ def test_who_deletes_the_spool_or_pauses_is_heard_while_it_rests(
         trainer.round()
         trainer.pace.worked(1e6, within=0.0)  # rests for days
         stop = threading.Event()
-        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,))
+        thread = threading.Thread(target=trainer.follow_traffic, args=(stop,), daemon=True)
         thread.start()
         assert sum(trainer.traffic.all_waiting()) > 0
         spool.clear()
         trainer.control.pause("by a test")
         deadline = time.monotonic() + 60
-        while sum(trainer.traffic.all_waiting()) or not trainer._paused:
+        while (
+            sum(trainer.traffic.all_waiting())
+            or not trainer._paused
+            or (status := trainer.control.status()) is None
+            or status.activity != "resting"
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        status = trainer.control.status()
-        assert status is not None
-        assert status.activity == "resting"
         stop.set()
         thread.join()
