@@ -209,16 +209,12 @@ def same_data(work: Path, ensemble: Path, texts: Path) -> None:
     ends = began[POISON[0]]
     versions = DraftsStore(work / "osd" / "drafts").versions()
     steps = max(steps_of(version.about) for version in versions if version.created < ends)
-    config = write_config(work, "same-data.yaml", TRAINER | SAME_DATA)
+    # One version: no more held-out traffic comes, on which to judge a second.
+    config = write_config(work, "same-data.yaml", TRAINER | SAME_DATA | {"publish_every": steps})
     corpus = texts / "old-train"
     with training(folder, config, CORES["trainer"], ensemble=ensemble, corpus=corpus):
         control = Control(DraftsStore(folder / "drafts"))
-        while True:
-            status = control.status()
-            if status is not None and status.published + status.refused:
-                made = max(steps_of(v.about) for v in DraftsStore(folder / "drafts").versions())
-                if made >= steps:
-                    break
+        while (status := control.status()) is None or not status.published + status.refused:
             time.sleep(_SAMPLE_S)
     (folder / "done").touch()
 
