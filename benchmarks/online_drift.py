@@ -105,7 +105,8 @@ def live(arguments: argparse.Namespace) -> None:
                 recorder.begin(name)
                 asyncio.run(ask_for(recorder, requests, 60 * minutes))
                 if name == "new":
-                    copy_spool(osd / "spool.sqlite", work / "same-data" / "spool.sqlite")
+                    copy = work / "same-data" / "spool.sqlite"
+                    copy_spool(osd / "spool.sqlite", copy, since=recorder.phases[name])
     recorder.write()
 
 
@@ -193,22 +194,25 @@ class Recorder:
                 self.samples.append({"time": time.time(), "trainer": told["trainer"]})
 
 
-def copy_spool(spool: Path, copy: Path) -> None:
-    """As it is now, while it is written to."""
+def copy_spool(spool: Path, copy: Path, since: float) -> None:
+    """What came to it after a moment, while it is written to."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     with sqlite3.connect(spool) as source, sqlite3.connect(copy) as target:
         source.backup(target)
+        target.execute("DELETE FROM conversations WHERE created < ?", (since,))
 
 
 def same_data(work: Path, ensemble: Path, texts: Path) -> None:
-    """A trainer without DDD on the traffic of the new domain, until it has made as many steps."""
+    """A trainer without DDD on the traffic of the new domain, for as many steps on it."""
     folder = work / "same-data"
     if (folder / "done").exists():
         return
-    began = json.loads((work / "timeline.json").read_text())["phases"]
-    ends = began[POISON[0]]
+    timeline = json.loads((work / "timeline.json").read_text())
+    begins, ends = timeline["phases"]["new"], timeline["phases"][POISON[0]]
+    before = [s["trainer"]["step"] for s in timeline["samples"] if s["time"] < begins]
     versions = DraftsStore(work / "osd" / "drafts").versions()
     steps = max(steps_of(version.about) for version in versions if version.created < ends)
+    steps -= before[-1]
     # One version: no more held-out traffic comes, on which to judge a second.
     config = write_config(work, "same-data.yaml", TRAINER | SAME_DATA | {"publish_every": steps})
     corpus = texts / "old-train"
