@@ -209,10 +209,10 @@ def same_data(work: Path, ensemble: Path, texts: Path) -> None:
         return
     timeline = json.loads((work / "timeline.json").read_text())
     begins, ends = timeline["phases"]["new"], timeline["phases"][POISON[0]]
-    before = [s["trainer"]["step"] for s in timeline["samples"] if s["time"] < begins]
+    told = [s for s in timeline["samples"] if s["trainer"] and s["time"] < begins]
     versions = DraftsStore(work / "osd" / "drafts").versions()
     steps = max(steps_of(version.about) for version in versions if version.created < ends)
-    steps -= before[-1]
+    steps -= told[-1]["trainer"]["step"]
     # One version: no more held-out traffic comes, on which to judge a second.
     config = write_config(work, "same-data.yaml", TRAINER | SAME_DATA | {"publish_every": steps})
     corpus = texts / "old-train"
