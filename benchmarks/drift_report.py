@@ -320,14 +320,15 @@ def plot(rows: list[dict[str, Any]], scratch: dict[str, Any], total: float, new:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 3.4), layout="constrained")
     ddd = [r for r in rows if r["arm"] == "ddd"]
     same = [r for r in rows if r["arm"] == "without ddd"]
-    times = {r["steps"]: r["minutes"] for r in ddd if r["phase"] != "poison"}
+    end = total + 2  # so that the last version is seen
+    until = last_of_phase(rows)["minutes"]  # with as many steps on the new domain
     for axis, (domain, field, title) in zip(axes, panels, strict=True):
         first = ddd[0][domain][field]
         x = [max(0.0, r["minutes"]) for r in ddd]
         y = [r[domain][field] for r in ddd]
-        axis.step([*x, total], [*y, y[-1]], where="post", label="OSD on, DDD")
+        axis.step([*x, end], [*y, y[-1]], where="post", label="OSD on, DDD")
         axis.plot(
-            [np.interp(r["steps"], list(times), list(times.values())) for r in same],
+            np.linspace(0, until, len(same)),
             [r[domain][field] for r in same],
             "o--",
             markersize=3,
@@ -337,8 +338,8 @@ def plot(rows: list[dict[str, Any]], scratch: dict[str, Any], total: float, new:
         axis.axhline(
             scratch[domain][field], color="tab:green", linestyle="--", label="from nothing"
         )
-        axis.axvspan(new, total, color="tab:red", alpha=0.12)
-        axis.set(title=title, xlabel="minutes of the new traffic", ylabel="nats", xlim=(0, total))
+        axis.axvspan(new, end, color="tab:red", alpha=0.12)
+        axis.set(title=title, xlabel="minutes of the new traffic", ylabel="nats", xlim=(0, end))
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
