@@ -52,8 +52,8 @@ _LOOK_EVERY_S = 2.0  # at the store and the spool
 _STUCK_S = (1.0, 5.0, 30.0)  # waits after failures in a row
 
 
-class _Stopped(Exception):
-    """The trainer is to stop, in the midst of a judgement."""
+class _Interrupted(Exception):
+    """A judgement is cut short: the trainer is to stop or to rest, or its texts were deleted."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class OnlineTrainer:
         self._go_on(current, spool)
         self.traffic = Traffic(spool, self.progress.positions, config, self.ensemble.vocab_size)
         self._follow_store()
+        self._looked, self._paused, self._saved = float("-inf"), False, ""
         self._stop = threading.Event()
         self._activity: Activity = "starting"
         self._charged = (time.monotonic(), self._work_clock())
@@ -138,7 +139,6 @@ class OnlineTrainer:
             places.folder,
             self._breathe,
         )
-        self._looked, self._paused, self._saved = float("-inf"), False, ""
 
     def follow_traffic(self, stop: threading.Event) -> None:
         """Round after round until `stop` is set; then a last checkpoint."""
@@ -153,8 +153,6 @@ class OnlineTrainer:
                     continue
                 activity = self.round()
                 failures = 0
-            except _Stopped:
-                break
             except (OSError, SafetensorError, OsdError, DraftsError) as error:
                 # A full disk, a store or a spool that is away: what is in memory goes on later.
                 wait = _STUCK_S[min(failures, len(_STUCK_S) - 1)]
@@ -188,7 +186,12 @@ class OnlineTrainer:
             done = self.pace.rest(self._stop, _LOOK_EVERY_S)
             self.reporter.report_now_and_then(self._activity, self.progress, self.traffic)
         if self._stop.is_set():
-            raise _Stopped("a judgement was cut short; it is made again")
+            raise _Interrupted("the trainer is to stop")
+        if self._activity == "judging" and time.monotonic() - self._looked > _LOOK_EVERY_S:
+            cleared, paused = self.traffic.forget_if_cleared(), self.control.paused()
+            self._looked = time.monotonic() if not cleared and paused is None else float("-inf")
+            if cleared or paused is not None:
+                raise _Interrupted("the spool was emptied" if cleared else "the trainer is to rest")
         self._charged = (time.monotonic(), self._work_clock())
 
     def _work_clock(self) -> float:
@@ -205,7 +208,10 @@ class OnlineTrainer:
         if activity == "training":
             self.step()
         elif activity == "judging":
-            self.judge()
+            try:
+                self.judge()
+            except _Interrupted as why:
+                logger.info("a judgement was cut short: %s", why)
             self.reporter.report(activity, self.progress, self.traffic)
         if activity in ("waiting", "paused") or self._is_due():
             self.save()

@@ -21,7 +21,11 @@ _LOOK_EVERY_S = 1.0
 
 def osd(
     ensemble: Annotated[
-        Path | None, typer.Option(help="folder with demur.json; default: the one of `demur init`")
+        Path | None,
+        typer.Option(
+            envvar="DEMUR_ENSEMBLE",
+            help="folder with demur.json; default: the one of `demur init`",
+        ),
     ] = None,
     store: Annotated[
         str | None,
@@ -31,17 +35,28 @@ def osd(
         str | None, typer.Option(envvar="DEMUR_SPOOL", help="path or redis:// URL of the spool")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="the trainer's own; default: in the user's cache folder")
+        Path | None, typer.Option(help="the trainer's own; default: in the service's `osd_folder`")
     ] = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(help="the target's own answers (demur synthesize); default: the ensemble's"),
+        typer.Option(
+            envvar="DEMUR_OSD_CORPUS",
+            help="the target's own answers (demur synthesize); default: the ensemble's",
+        ),
     ] = None,
     load: Annotated[
         Path | None, typer.Option(help="folder where services here tell how busy they are")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file; docs/osd.md has its fields")
+        Path | None,
+        typer.Option(envvar="DEMUR_OSD_CONFIG", help="YAML file; docs/osd.md has its fields"),
+    ] = None,
+    osd_folder: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DEMUR_OSD_FOLDER",
+            help="the service's `osd_folder`, in which all is that is not named here",
+        ),
     ] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -60,7 +75,7 @@ def osd(
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent, stop), daemon=True).start()
     chosen = (ensemble or default_folder()).expanduser()
-    base = default_folder().parent / "osd" / chosen.name
+    base = (osd_folder or default_folder().parent / "osd" / chosen.name).expanduser()
     places = Places(
         ensemble=chosen,
         store=store or str(base / "drafts"),

@@ -140,8 +140,10 @@ def read_online_config(file: Path | None) -> OnlineConfig:
         return OnlineConfig()
     try:
         values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read ({error})") from error
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{file}: fields and values are wanted, not a {type(values).__name__}")
     try:
         return OnlineConfig.model_validate(values or {})
     except ValidationError as error:

@@ -65,16 +65,22 @@ class Traffic:
 
     def pull(self) -> None:
         """Read what has come."""
-        if (cleared := self._spool.cleared()) != self._cleared:
-            self._cleared = cleared
-            for queue in self._waiting:
-                queue.clear()
-            self._held_out.clear()
+        self.forget_if_cleared()
         while entries := self._spool.read(self._read, _PAGE):
             for entry in entries:
                 self._read = entry.position
                 if not self._keep_if_held_out(entry):
                     self._deal(entry)
+
+    def forget_if_cleared(self) -> bool:
+        """Drop all that is held in memory if the spool was emptied since the last look."""
+        if (cleared := self._spool.cleared()) == self._cleared:
+            return False
+        self._cleared = cleared
+        for queue in self._waiting:
+            queue.clear()
+        self._held_out.clear()
+        return True
 
     def waiting(self, student: int) -> int:
         """How many texts wait for a student."""

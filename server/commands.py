@@ -36,6 +36,8 @@ def serve(
     import uvicorn
 
     from drafts.manifest import read_manifest
+    from osd.errors import OsdError
+    from osd.online_config import read_online_config
     from server.app import create_app
     from server.logs import configure_logging
     from server.settings import read_settings
@@ -43,7 +45,9 @@ def serve(
     try:
         settings = read_settings(host=host, port=port, ensemble=ensemble)
         read_manifest(settings.ensemble.expanduser())
-    except (ValueError, DraftsError) as error:  # pydantic's, TOML's and ours
+        if settings.osd == "train":
+            read_online_config(settings.osd_config)  # the trainer's own, but told at once
+    except (ValueError, DraftsError, OsdError) as error:  # pydantic's, TOML's and ours
         _fail(error)
     configure_logging(settings.log_level)
     failed = False
@@ -71,6 +75,10 @@ def serve(
     listening.set_inheritable(False)
     if not settings.api_keys:
         logging.getLogger("server").warning("no api_keys are set: whoever reaches it can score")
+    if settings.osd != "off":
+        logging.getLogger("server").warning(
+            "osd is %s: conversations are kept, but those with `store: false`", settings.osd
+        )
     server.run(sockets=[listening])
     if failed or not server.started:
         sys.exit(1)

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from drafts.errors import ManifestError, StoreError
 from drafts.manifest import MANIFEST_NAME, load_ensemble
@@ -23,12 +25,14 @@ from drafts.store import DraftsStore
 from osd import checkpoint
 from osd.corpus import Text
 from osd.errors import OsdError, OtherRunError
-from osd.online import OnlineTrainer, run
+from osd.online import OnlineTrainer, Places, run
+from osd.online_command import osd as osd_command
 from osd.online_config import OnlineConfig
 from osd.pace import Pace
 from osd.publish import first_version, open_version
 from osd.shards import conversation_key, is_held_out, shard_of
 from osd.spool import open_spool
+from server.settings import read_settings
 from tests.online_world import EXIT, NEW, OLD, RESIDUAL, World, answers, make_world, online
 
 
@@ -466,6 +470,33 @@ def test_texts_that_nothing_can_be_learned_from_are_counted(
     assert caplog.text.count("a text cannot be used") == 1
 
 
+@pytest.mark.parametrize("what", ["pause", "clear"])
+def test_a_pause_and_a_deletion_are_heard_in_the_midst_of_a_judgement(
+    exits: World, tmp_path: Path, traffic: list[Text], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    here = exits.beside(tmp_path)
+    monkeypatch.setattr("osd.online._LOOK_EVERY_S", 0.0)
+    with here.spool() as spool:
+        spool.append(traffic)
+        trainer = here.trainer(spool)
+        while trainer._next() != "judging":
+            trainer.round()
+        review = trainer.reviewer.review
+
+        def meanwhile(*arguments: Any, **named: Any) -> Any:
+            trainer.control.pause("by a test") if what == "pause" else spool.clear()
+            return review(*arguments, **named)
+
+        trainer.reviewer.review = meanwhile  # type: ignore[method-assign]
+        trainer.round()
+        assert trainer.progress.last_verdict is None
+        assert [version.name for version in trainer.store.versions()] == [trainer.progress.first]
+        if what == "clear":
+            assert trainer.traffic.all_waiting() == [0, 0]
+            assert trainer.traffic.held_out_after() == []
+        assert trainer.round() == ("paused" if what == "pause" else "waiting")
+
+
 def test_a_step_that_torch_cannot_make_costs_no_text(
     exits: World, tmp_path: Path, traffic: list[Text]
 ) -> None:
@@ -588,6 +619,26 @@ def test_the_ensemble_stands_in_for_the_first_version_if_the_store_has_lost_it(
     renamed = first.model_copy(update={"name": "another"})
     with pytest.raises(StoreError):
         open_version(store, renamed, ensemble, tmp_path / "work")
+
+
+def test_the_command_looks_where_the_service_keeps_things(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Places] = []
+    monkeypatch.setattr("osd.online.run", lambda _, places, __: found.append(places))
+    monkeypatch.setattr("osd.online_command.signal.signal", lambda *_: None)
+    monkeypatch.setenv("DEMUR_OSD", "capture")
+    monkeypatch.setenv("DEMUR_OSD_FOLDER", str(tmp_path / "here"))
+    monkeypatch.setenv("DEMUR_ENSEMBLE", str(tmp_path / "ensemble"))
+    app = typer.Typer()
+    app.command()(osd_command)
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 0, result.output
+    settings = read_settings()
+    [places] = found
+    assert (places.spool, places.store) == (settings.spool_place, settings.store)
+    assert (places.ensemble, places.corpus) == (settings.ensemble, settings.corpus)
+    assert places.load == settings.osd_place / "load"
 
 
 def test_two_trainers_do_not_share_a_folder(exits: World, tmp_path: Path) -> None:

@@ -160,6 +160,29 @@ def test_zz_stop_is_clean_and_loses_nothing(running: Running) -> None:
     assert "Traceback" not in running.log.read_text()
 
 
+def test_a_trainer_that_could_not_start_is_told_of_at_once(
+    running: Running, tmp_path: Path
+) -> None:
+    config = tmp_path / "osd.yaml"
+    for content, says in (
+        (b"publish_evry: 5", "publish_evry: unknown field"),
+        (b"[1, 2]", "fields and values are wanted, not a list"),
+        (b"\xa2\xff", "cannot be read"),
+    ):
+        config.write_bytes(content)
+        environment = os.environ | {"DEMUR_OSD": "train", "DEMUR_OSD_CONFIG": str(config)}
+        done = subprocess.run(
+            demur("serve", "--ensemble", str(running.folder)),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_serve_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
     done = subprocess.run(
         demur("serve", "--ensemble", str(tmp_path)), capture_output=True, text=True, check=False
