@@ -267,7 +267,17 @@ def goals(
         ),
         *(
             goal(
-                f"JSD on the {name} domain falls without DDD, over with it",
+                f"JSD on the {name} domain, without DDD, on / off",
+                without[name],
+                "< 1, a fall",
+                without[name] < 1,
+                interval(f"JSD, {name} domain, without DDD / off"),
+            )
+            for name in DOMAINS
+        ),
+        *(
+            goal(
+                f"JSD on the {name} domain, without DDD over with it",
                 without[name] / falls[name],
                 "< 1",
                 without[name] < falls[name],
