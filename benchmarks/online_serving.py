@@ -37,8 +37,8 @@ CLIENTS = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a turn")
     parser.add_argument("--work", type=Path, default=default_folder().parent / "online-serving")
     parser.add_argument("--out", type=Path, default=RESULTS / "online_serving.json")
     arguments = parser.parse_args()
@@ -159,8 +159,7 @@ def trained(
         return
     config = work / "osd.yaml"
     work.mkdir(parents=True, exist_ok=True)
-    values = {"share": 1.0, "busy_share": 1.0, "publish_every": 20}  # judgements among the turns
-    config.write_text(yaml.safe_dump(values))
+    config.write_text(yaml.safe_dump({"share": 1.0, "busy_share": 1.0}))
     with (
         serving(work / "on", common | {"osd": "capture"}, cores) as service,
         training(work / "osd", config, core=1),
