@@ -475,7 +475,7 @@ def test_a_pause_and_a_deletion_are_heard_in_the_midst_of_a_judgement(
     exits: World, tmp_path: Path, traffic: list[Text], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     here = exits.beside(tmp_path)
-    monkeypatch.setattr("osd.online._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("osd.online._LOOK_EVERY_S", 0.01)
     with here.spool() as spool:
         spool.append(traffic)
         trainer = here.trainer(spool)
