@@ -27,22 +27,28 @@ from drafts.gate import Gate
 from drafts.launch import EngineConfig, build, runs_on_cpu, set_environment
 from drafts.manifest import Ensemble, Manifest, load_ensemble
 from drafts.outputs import generation_params, read_prompt, read_step, scoring_params
+from drafts.processes import Processes
 from drafts.same_shape import check_same_shape
 from drafts.scores import Generated, Sampling, TokenScores
 from drafts.weights import check_shapes, check_target
 
 __all__ = ["Engine", "EngineConfig"]
 
-DEAD = "the engine has died; restart the service"
+DEAD = "the engine has died"
 _RESET_WITHIN_S = 30
 _LOOK_EVERY_S = 1.0
+# A swap reads all weights of the drafts, and keeps the workers from answering meanwhile.
+_SWAP_WITHIN_S = 600.0
 
 
 class Engine:
     """Scores given texts, and generates, with an ensemble in one vLLM engine."""
 
-    def __init__(self, llm: Any, ensemble: Ensemble, max_model_len: int) -> None:
+    def __init__(
+        self, llm: Any, ensemble: Ensemble, max_model_len: int, processes: Processes
+    ) -> None:
         self._llm = llm
+        self._processes = processes
         self._ensemble = ensemble
         # One for each version of the drafts that the model has room for. With two, requests under
         # way end with the one while new ones begin with the other.
@@ -74,8 +80,10 @@ class Engine:
         for member in ensemble.members:
             await asyncio.to_thread(check_shapes, member)
         set_environment()
+        processes = Processes()
         llm = await asyncio.to_thread(build, ensemble, config)
-        engine = cls(llm, ensemble, config.max_model_len)
+        processes.remember()
+        engine = cls(llm, ensemble, config.max_model_len, processes)
         try:
             # The first request compiles vLLM's small kernels; nobody should wait for that.
             await engine.score([0, 0, 0, 0], 1)
@@ -254,7 +262,7 @@ class Engine:
                 if len(self._gates) > 1 and not self._llm.errored:
                     # Only the slot that nobody uses is in an unknown state.
                     raise WeightsError(f"a swap of weights failed half-way ({error})") from error
-                self._broken = f"a swap of weights failed half-way ({error}); restart the service"
+                self._broken = f"a swap of weights failed half-way ({error})"
                 raise EngineNotReady(self._broken) from error
             self._versions[slot] = ensemble.manifest.weights_version
             self._held[slot] = ensemble.folder
@@ -284,6 +292,40 @@ class Engine:
             raise EngineNotReady("the engine has been stopped")
         if self._llm.errored:
             raise EngineNotReady(DEAD)
+
+    async def ping(self, within_s: float) -> None:
+        """Ask the engine's workers for a sign of life; they give it between two steps.
+
+        Args:
+            within_s: how long to wait for it; longer while weights are swapped.
+
+        Raises:
+            EngineNotReady: if the engine is dead, has been shut down, or does not answer.
+        """
+        await self.check_health()
+        within_s = max(within_s, _SWAP_WITHIN_S) if self._one_swap.locked() else within_s
+        try:
+            async with asyncio.timeout(within_s):
+                await self._call_workers("ping")
+        except TimeoutError:
+            raise EngineNotReady(f"the engine has not answered for {within_s:g} s") from None
+
+    async def abort_all(self) -> None:
+        """End what is under way; it fails with `EngineNotReady`."""
+        await self.check_health()
+        await self._llm.abort(list(self._under_way))
+
+    async def kill(self) -> None:
+        """End the engine's processes at once, even those that hear no signal.
+
+        Requests under way fail with `EngineNotReady`.
+        """
+        self._broken = self._broken or DEAD
+        await asyncio.to_thread(self._processes.kill)
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.shutdown()
+            llm.shutdown = lambda: None  # see `shutdown`
 
     async def shutdown(self) -> None:
         """Stop the engine's processes. Requests under way fail with `EngineNotReady`."""

@@ -355,9 +355,12 @@ def _build(vllm_config: VllmConfig, prefix: str, member: Member) -> nn.Module:
 
 
 class SwapDrafts:
-    """Worker extension: swaps the drafts' weights. Its method becomes the worker's own."""
+    """Worker extension: swaps the drafts' weights. Its methods become the worker's own."""
 
     model_runner: Any
+
+    def ping(self) -> None:
+        """A sign of life."""
 
     def swap_drafts(self, folder: str, target: str, slot: int) -> str | None:
         """Load the drafts of the ensemble in `folder`; return what was wrong with them, or None.
