@@ -79,7 +79,7 @@ class Engine:
         await asyncio.to_thread(check_target, ensemble)
         for member in ensemble.members:
             await asyncio.to_thread(check_shapes, member)
-        set_environment()
+        set_environment(config.devices)
         processes = Processes()
         llm = await asyncio.to_thread(build, ensemble, config)
         processes.remember()
@@ -252,8 +252,10 @@ class Engine:
                 problems = await self._call_workers(
                     "swap_drafts", str(ensemble.folder), str(ensemble.target_path), slot
                 )
-                if any(problems):
-                    raise WeightsError(next(problem for problem in problems if problem))
+                if refused := [problem for problem in problems if problem]:
+                    if len(refused) < len(problems):
+                        raise RuntimeError(f"some workers refused it: {refused[0]}")
+                    raise WeightsError(refused[0])
                 if ensemble.has_states:
                     await self._forget_prefixes()
             except WeightsError:
@@ -269,13 +271,22 @@ class Engine:
             self._ensemble, self._slot = ensemble, slot
 
     async def _call_workers(self, method: str, *arguments: Any) -> list[Any]:
-        """vLLM's `collective_rpc`, which never returns if the engine dies meanwhile."""
-        call = asyncio.ensure_future(self._llm.collective_rpc(method, args=arguments))
+        """vLLM's `collective_rpc`, which never returns if the engine dies meanwhile.
+
+        Returns:
+            What each worker answered, of each tensor-parallel rank of each data-parallel engine.
+        """
+        # `AsyncLLM.collective_rpc` asks all data-parallel engines and drops what all but the first
+        # have answered.
+        core = self._llm.engine_core
+        call = asyncio.ensure_future(
+            core.call_utility_all_async("collective_rpc", method, None, arguments, None)
+        )
         while not (await asyncio.wait({call}, timeout=_LOOK_EVERY_S))[0]:
             if self._llm.errored:
                 call.cancel()
                 raise EngineNotReady(DEAD)
-        return list(call.result())
+        return [answer for workers in call.result() for answer in workers]
 
     async def _forget_prefixes(self) -> None:
         """Empty the prefix cache: it holds keys and values that the old drafts made."""

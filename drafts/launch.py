@@ -13,11 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from drafts import channel
 from drafts.errors import EngineNotReady, ManifestError, WeightsError
 from drafts.manifest import Ensemble, ResidualDraft
+from drafts.parallel import check_divides
 from drafts.weights import read_member
 
 # Likeliest tokens that can be asked for beside each token; OpenAI's limit.
@@ -42,8 +43,31 @@ class EngineConfig(BaseModel):
         default=1.0,
         ge=0,
         allow_inf_nan=False,
-        description="KV cache of all members; 0 leaves the size to vLLM",
+        description="KV cache of all members, on each device; 0 leaves the size to vLLM",
     )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="devices that share the target and the drafts"
+    )
+    data_parallel_size: int = Field(
+        default=1, ge=1, description="engines side by side, of so many devices each"
+    )
+    pipeline_parallel_size: int = Field(default=1, description="1: no other is supported")
+
+    @field_validator("pipeline_parallel_size")
+    @classmethod
+    def _no_pipeline(cls, size: int) -> int:
+        if size != 1:
+            raise ValueError(
+                "pipeline parallelism is not supported: drafts read hidden states of the target's "
+                "inner layers, and the logits of target and drafts must meet on one device; share "
+                "the layers with tensor_parallel_size"
+            )
+        return size
+
+    @property
+    def devices(self) -> int:
+        """How many devices (on a CPU, worker processes) the engine takes."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
 
 def abandon_start() -> None:
@@ -57,6 +81,7 @@ def build(ensemble: Ensemble, config: EngineConfig) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     _check_length(ensemble, config.max_model_len)
+    check_divides(ensemble, config.tensor_parallel_size)
     kv_cache = int(config.kv_cache_gib * 2**30) or None
     arguments = AsyncEngineArgs(
         model=str(ensemble.target_path),
@@ -71,6 +96,10 @@ def build(ensemble: Ensemble, config: EngineConfig) -> Any:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         kv_cache_memory_bytes=kv_cache,
+        tensor_parallel_size=config.tensor_parallel_size,
+        data_parallel_size=config.data_parallel_size,
+        # Left alone, vLLM would spread its workers over Ray's machines wherever Ray runs.
+        distributed_executor_backend="mp" if config.devices > 1 else None,
         # No torch.compile, no CUDA graphs: a graph would freeze which rows are wanted.
         enforce_eager=True,
         logprobs_mode="raw_logits",
@@ -116,15 +145,19 @@ def _check_length(ensemble: Ensemble, max_model_len: int) -> None:
         )
 
 
-def set_environment() -> None:
-    """What vLLM reads from the environment; what the user has set stays."""
+def set_environment(workers: int = 1) -> None:
+    """What vLLM reads from the environment; what the user has set stays.
+
+    Args:
+        workers: processes that share this machine's cores.
+    """
     # Not a matter of choice: `drafts.vllm_model` is written for the V1 runner.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     cores = len(os.sched_getaffinity(0))
     defaults = {
         # Left alone, vLLM's CPU worker keeps a core for its front end.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(cores),
+        "OMP_NUM_THREADS": str(max(1, cores // workers)),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         # glibc would give logits back to the system at each step and fault their pages in anew.
