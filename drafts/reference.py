@@ -43,7 +43,11 @@ class Reference:
 
         self.ensemble = ensemble
         self.target = target or AutoModelForCausalLM.from_pretrained(
-            ensemble.target_path, dtype=dtype, local_files_only=True
+            ensemble.target_path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         self.target.to(device).eval()
         # Drafts of one residual student share its checkpoint.
@@ -127,7 +131,7 @@ def _build(member: Member) -> Any:
         return head
     from transformers import AutoModelForCausalLM
 
-    module = AutoModelForCausalLM.from_config(member.config)
+    module = AutoModelForCausalLM.from_config(member.config, trust_remote_code=False)
     # `read_member` has checked names and shapes; what is missing is shared or tied.
     module.load_state_dict(weights, strict=False)
     module.tie_weights()

@@ -39,20 +39,28 @@ _LOG_SCALES = (-20.0, math.log(2.0))  # least and greatest
 _TINY = 1e-12
 
 
+# Far beyond any head; products of three stay numbers that torch can count with, and all are held
+# against the weights before anything is allocated.
+_MAX_BYTES = 2**20
+_Size = Annotated[int, Field(gt=0, le=2**18)]
+
+
 class ResidualConfig(BaseModel):
     """Shape of a residual head; `config.json` of its folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["residual"] = "residual"
-    hidden_size: int = Field(gt=0)
+    hidden_size: _Size
     taps: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[], description="layers after which hidden states are read, beside the final one"
+        default=[],
+        max_length=1024,
+        description="layers after which hidden states are read, beside the final one",
     )
-    rank: int = Field(gt=0, description="r, directions in which h moves")
-    factors: int = Field(gt=0, description="q, dimension of z")
-    width: int = Field(gt=0, description="hidden units of the head")
-    draws: int = Field(gt=0, description="(z, eps) pairs kept with the weights")
+    rank: _Size = Field(description="r, directions in which h moves")
+    factors: _Size = Field(description="q, dimension of z")
+    width: _Size = Field(description="hidden units of the head")
+    draws: _Size = Field(description="(z, eps) pairs kept with the weights")
     scaled: bool = Field(
         default=True, description="draws are scaled to the student's estimate of mean KL(q_k || p)"
     )
@@ -61,7 +69,8 @@ class ResidualConfig(BaseModel):
     def read(cls, folder: Path) -> ResidualConfig:
         """Parse `folder/config.json`; `ManifestError` if it is not a residual head's."""
         try:
-            return cls.model_validate_json((folder / CONFIG_NAME).read_bytes())
+            with (folder / CONFIG_NAME).open("rb") as file:
+                return cls.model_validate_json(file.read(_MAX_BYTES))  # what is longer is cut
         except (OSError, ValidationError) as error:
             raise ManifestError(f"{folder}: no usable residual {CONFIG_NAME} ({error})") from error
 

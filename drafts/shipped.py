@@ -94,7 +94,9 @@ def ship(ensemble: Ensemble, out: Path, rank: int, name: str, draws: int | None 
         if isinstance(member.draft, ResidualDraft) and member.draft.draw >= (draws or math.inf):
             continue
         folder = out / member.path.name
-        entry = member.draft.model_dump(exclude_none=True) | {"source": folder.name}
+        # What pins the weights that these are made of does not pin these.
+        entry = member.draft.model_dump(exclude_none=True, exclude={"revision", "sha256"})
+        entry["source"] = folder.name
         entries.append(entry)
         if folder.exists():
             continue

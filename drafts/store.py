@@ -10,6 +10,10 @@
     <root>/versions/<name>/withdrawn     there if it served and was taken back; says why
     <root>/current                       the name of the current version
 
+Whoever can write there can put other versions there, with hashes that fit; so what is read is held
+within bounds. Only JSON and safetensors are copied from it, into the version's own folder, and a
+manifest that names weights elsewhere is refused (docs/security.md).
+
 A version exists once its `version.json` does, and `current` is replaced in one write, so no reader
 sees half of either: not on a disk, and not in a bucket, where a folder cannot be renamed. Two that
 publish one name at once do not write over each other's files.
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -27,13 +32,13 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from drafts.errors import StoreError
-from drafts.manifest import load_ensemble, read_manifest
+from drafts.errors import ManifestError, StoreError
+from drafts.manifest import inside, load_ensemble, read_manifest
 from drafts.weights import check_shapes
 
 logger = logging.getLogger(__name__)
@@ -41,6 +46,12 @@ logger = logging.getLogger(__name__)
 _VERSION = "version.json"
 _WITHDRAWN = "withdrawn"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_TYPES = (".json", ".jsonl", ".safetensors", ".jinja")  # what anything here reads
+_MAX_NOTE = 4 * 2**20  # bytes of a `version.json`, and of all else that is read into memory
+_MAX_FILES = 10_000
+
+_Name = Annotated[str, Field(pattern=_NAME.pattern, max_length=200)]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Version(BaseModel):
@@ -48,11 +59,13 @@ class Version(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=_NAME.pattern, description="the weights_version")
-    parent: str | None = Field(description="the version that it was trained from or replaced")
-    created: float = Field(description="seconds since 1970")
+    name: _Name = Field(description="the weights_version")
+    parent: _Name | None = Field(description="the version that it was trained from or replaced")
+    created: float = Field(allow_inf_nan=False, description="seconds since 1970")
     about: dict[str, Any] = Field(description="data, configuration, metrics")
-    files: dict[str, str] = Field(description="SHA-256 of each file, by path")
+    files: dict[str, _Sha256] = Field(
+        max_length=_MAX_FILES, description="SHA-256 of each file, by path"
+    )
 
 
 class DraftsStore:
@@ -68,10 +81,12 @@ class DraftsStore:
     def publish(self, folder: Path, *, about: dict[str, Any], make_current: bool = True) -> Version:
         """Store an ensemble folder under its `weights_version`.
 
-        The target is not stored: the manifest must name it by hub id or absolute path.
+        The target is not stored: the manifest must name it by hub id or absolute path. Nor are
+        files that nothing reads.
 
         Raises:
-            StoreError: if the version exists, or the target lies inside the folder.
+            StoreError: if the version exists, the target lies inside the folder, or a draft's
+                weights do not.
             ManifestError, WeightsError: if the folder is no usable ensemble.
         """
         ensemble = load_ensemble(folder)
@@ -83,11 +98,10 @@ class DraftsStore:
                 "hub id or absolute path"
             )
         for member in ensemble.members:
-            pinned = member.draft.revision is not None  # of a hub id
-            if not pinned and not member.path.is_relative_to(ensemble.folder):
+            if not member.path.is_relative_to(ensemble.folder):
                 raise StoreError(
                     f"the weights of '{member.draft.name}' lie outside {folder}, and a version "
-                    "holds what lies inside: move them there, or name a hub id with its revision"
+                    "holds what lies inside: copy them there"
                 )
         name = ensemble.manifest.weights_version
         if not _NAME.fullmatch(name):
@@ -98,8 +112,10 @@ class DraftsStore:
         if self._fs.exists(self._at(name, _VERSION)):
             raise StoreError(f"version {name} exists already; give the new one a name of its own")
         digests = {}
-        for file in sorted(path for path in ensemble.folder.rglob("*") if path.is_file()):
+        for file in sorted(ensemble.folder.rglob("*")):
             relative = file.relative_to(ensemble.folder).as_posix()
+            if not file.is_file() or not relative.endswith(_TYPES):
+                continue
             digests[relative] = _digest(file)
             place = self._at(name, f"{relative}.{digests[relative]}")
             self._fs.makedirs(self._parent(place), exist_ok=True)
@@ -135,11 +151,18 @@ class DraftsStore:
     def version(self, name: str) -> Version:
         """One version; `StoreError` if it is not there or its `version.json` is damaged."""
         try:
-            return Version.model_validate_json(self._fs.cat_file(self._at(name, _VERSION)))
+            version = Version.model_validate_json(self._content(self._at(name, _VERSION)))
         except FileNotFoundError:
             raise StoreError(f"there is no version {name}") from None
         except ValidationError as error:
-            raise StoreError(f"version {name}: {_VERSION} is damaged ({error})") from error
+            told = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in told["loc"][:1]) or "the document"
+            raise StoreError(
+                f"version {name}: {_VERSION} is damaged ({where}: {told['msg']})"
+            ) from error
+        if version.name != name:
+            raise StoreError(f"version {name}: {_VERSION} is of another, {version.name}")
+        return version
 
     def current(self) -> Version:
         """The current version; `StoreError` if nothing was published."""
@@ -201,40 +224,50 @@ class DraftsStore:
         with suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
 
-    def fetch(self, version: Version, into: Path) -> Path:
+    def fetch(self, version: Version, into: Path, max_bytes: int | None = None) -> Path:
         """Copy a version to `into/<name>` on this machine, if it is not there as published.
 
+        Args:
+            max_bytes: of all its files together.
+
         Raises:
-            StoreError: naming the file that is missing or not what was published.
+            StoreError: naming the file that is missing, not what was published, or leads out of the
+                version's folder, or the draft whose weights are not in it.
         """
         folder = into / version.name
-        if _holds(folder, version):
+        files = _files(version, folder)
+        if _holds(folder, files):
+            _check_manifest(folder, version)
             return folder
         partial = into / f"{version.name}.{uuid.uuid4().hex}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            self._copy(version, partial)
-            read_manifest(partial)
-            if folder.exists() and not _holds(folder, version):
+            self._copy(version, files, partial, max_bytes)
+            _check_manifest(partial, version)
+            if folder.exists() and not _holds(folder, files):
                 shutil.rmtree(folder)
             if not folder.exists():
                 partial.rename(folder)
         except OSError:
-            if not _holds(folder, version):  # it was no other reader that was faster
+            if not _holds(folder, files):  # it was no other reader that was faster
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return folder
 
-    def _copy(self, version: Version, partial: Path) -> None:
-        """All files of a version, each checked."""
-        for relative, digest in version.files.items():
-            target = (partial / relative).resolve()
-            if not target.is_relative_to(partial.resolve()):
-                raise StoreError(f"version {version.name}: {relative} leads out of its folder")
+    def _copy(
+        self, version: Version, files: dict[str, str], partial: Path, max_bytes: int | None
+    ) -> None:
+        """Files of a version, each checked."""
+        left = math.inf if max_bytes is None else max_bytes
+        for relative, digest in files.items():
+            place, target = self._at(version.name, f"{relative}.{digest}"), partial / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._fs.get_file(self._at(version.name, f"{relative}.{digest}"), str(target))
+                left -= self._size(place)
+                if left < 0:
+                    raise StoreError(f"version {version.name} is over {max_bytes} bytes")
+                self._fs.get_file(place, str(target))
             except FileNotFoundError:
                 raise StoreError(f"version {version.name}: {relative} is missing") from None
             if _digest(target) != digest:
@@ -242,13 +275,27 @@ class DraftsStore:
 
     def _read(self, path: str) -> str | None:
         try:
-            return str(self._fs.cat_file(path).decode())
+            return self._content(path).decode()
         except FileNotFoundError:
             return None
         except UnicodeDecodeError as error:
             raise StoreError(f"{path} is damaged ({error})") from error
 
+    def _content(self, path: str) -> bytes:
+        if self._size(path) > _MAX_NOTE:
+            raise StoreError(f"{path} is over {_MAX_NOTE} bytes")
+        return bytes(self._fs.cat_file(path))
+
+    def _size(self, path: str) -> int:
+        """The bytes of a file; a device or a pipe, on a disk, would have no end."""
+        info = self._fs.info(path, refresh=True)  # not from a listing that was kept
+        if info["type"] != "file":
+            raise StoreError(f"{path} is no file")
+        return int(info["size"])
+
     def _at(self, name: str, relative: str) -> str:
+        if not _NAME.fullmatch(name):  # what `current` holds, say, or what somebody asks for
+            raise StoreError(f"{name[:100]!r} is no version's name")
         return f"{self._root}/versions/{name}/{relative}"
 
     @staticmethod
@@ -266,11 +313,40 @@ class DraftsStore:
             self._fs.pipe_file(path, text.encode())
 
 
-def _holds(folder: Path, version: Version) -> bool:
+def _files(version: Version, folder: Path) -> dict[str, str]:
+    """The files of a version that something here reads; all of them would lie in its folder."""
+    for relative in version.files:
+        try:
+            inside(folder, relative)
+        except ManifestError as error:
+            raise StoreError(f"version {version.name}: {error}") from error
+    return {name: digest for name, digest in version.files.items() if name.endswith(_TYPES)}
+
+
+def _check_manifest(folder: Path, version: Version) -> None:
+    """Refuse a version whose manifest names another version, or weights that it does not hold."""
+    manifest = read_manifest(folder)
+    if manifest.weights_version != version.name:
+        raise StoreError(
+            f"version {version.name}: its manifest is of another, {manifest.weights_version}"
+        )
+    for draft in manifest.drafts:
+        try:
+            held = inside(folder, draft.source).is_dir()
+        except ManifestError:
+            held = False
+        if not held:
+            raise StoreError(
+                f"version {version.name}: the weights of '{draft.name}' are {draft.source!r}, and "
+                "a version may name none but its own"
+            )
+
+
+def _holds(folder: Path, files: dict[str, str]) -> bool:
     """Whether all of a version's files are in a folder, as they were published."""
     return all(
         (folder / relative).is_file() and _digest(folder / relative) == digest
-        for relative, digest in version.files.items()
+        for relative, digest in files.items()
     )
 
 

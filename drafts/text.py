@@ -55,7 +55,9 @@ class TextEncoder:
         from transformers import AutoTokenizer
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        tokenizer = AutoTokenizer.from_pretrained(target_path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            target_path, local_files_only=True, trust_remote_code=False
+        )
         if not tokenizer.is_fast:
             raise TextError(f"{target_path}: a tokenizer.json is needed (a fast tokenizer)")
         self._tokenizer: Any = tokenizer
@@ -70,19 +72,21 @@ class TextEncoder:
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """The conversation as the target's chat template writes it, up to the assistant's turn.
 
+        transformers runs the template, which comes with the target, in Jinja's sandbox: it reaches
+        neither files nor Python, but nothing bounds its time and memory.
+
         Raises:
             TextError: if the target has no template, or it refuses these messages.
         """
-        from jinja2 import TemplateError
-
         try:
             rendered = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except Exception as error:  # a template can divide by zero, too
+            if self._tokenizer.chat_template is None:
+                message = f"this target has no chat template; send a prompt ({error})"
+                raise TextError(message) from error
             raise TextError(f"the chat template refuses these messages: {error}") from error
-        except ValueError as error:
-            raise TextError(f"this target has no chat template; send a prompt ({error})") from error
         return str(rendered)
 
     def encode(

@@ -6,7 +6,6 @@ draft half loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from drafts.errors import WeightsError
-from drafts.manifest import Ensemble, ExitDraft, Member, ResidualDraft
+from drafts.errors import ManifestError, WeightsError
+from drafts.manifest import Ensemble, ExitDraft, Member, ResidualDraft, weight_files
 from drafts.residual import ResidualHead
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INDEX_NAME = "model.safetensors.index.json"
 
 Shapes = dict[str, list[int]]
 
@@ -73,7 +71,7 @@ def check_shapes(member: Member) -> Shapes:
     else:
         # An exit uses the target's embedding and head in place of its own.
         shared = ("lm_head", "embed_tokens") if isinstance(member.draft, ExitDraft) else ()
-        expected = _causal_lm_shapes(member.config, shared)
+        expected = _causal_lm_shapes(member.config, _label(member), shared)
     # A hub checkpoint of kind `model` may carry what no model reads (rotary tables, a tied head).
     own = isinstance(member.draft, ExitDraft | ResidualDraft)
     _compare(member.path, _label(member), expected, extras_allowed=not own)
@@ -86,7 +84,7 @@ def check_target(ensemble: Ensemble) -> None:
     Raises:
         WeightsError: naming the first tensor that is missing or misshapen.
     """
-    expected = _causal_lm_shapes(ensemble.target_config)
+    expected = _causal_lm_shapes(ensemble.target_config, "the target")
     _compare(ensemble.target_path, "the target", expected, extras_allowed=True)
 
 
@@ -106,14 +104,18 @@ def _label(member: Member) -> str:
     return f"draft '{member.draft.name}' ({member.path.name})"
 
 
-def _causal_lm_shapes(config: Any, shared: Sequence[str] = ()) -> Shapes:
+def _causal_lm_shapes(config: Any, label: str, shared: Sequence[str] = ()) -> Shapes:
     """What a checkpoint must hold, without the modules named in `shared`."""
     from transformers import AutoModelForCausalLM
 
     if config.tie_word_embeddings:
         shared = [*shared, "lm_head"]
-    with torch.device("meta"):
-        shapes = _shapes(AutoModelForCausalLM.from_config(config))
+    try:
+        with torch.device("meta"):  # whatever sizes it gives, nothing is allocated
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever the model's own class says to such values
+        raise WeightsError(f"{label}: no model is of this config.json ({error})") from error
+    shapes = _shapes(model)
     return {name: shape for name, shape in shapes.items() if name.split(".")[-2] not in shared}
 
 
@@ -127,6 +129,8 @@ def _found_shapes(path: Path, label: str) -> Shapes:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if name in shapes:
+                        raise WeightsError(f"{label}: two files hold {name}")
                     shapes[name] = list(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{label}: {file.name} cannot be read ({error})") from error
@@ -134,14 +138,7 @@ def _found_shapes(path: Path, label: str) -> Shapes:
 
 
 def _files(path: Path, label: str) -> list[Path]:
-    index = path / _INDEX_NAME
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise WeightsError(f"{label}: {index.name} cannot be read ({error})") from error
-        return [path / name for name in sorted(names)]
-    single = path / "model.safetensors"
-    if not single.exists():
-        raise WeightsError(f"{label}: {path} has no model.safetensors")
-    return [single]
+    try:
+        return weight_files(path)
+    except ManifestError as error:
+        raise WeightsError(f"{label}: {error}") from error

@@ -73,9 +73,8 @@ def load_last(
     folder = folders[-1]
     try:
         state = json.loads((folder / "state.json").read_text())
-        step = int(state["step"])
-        stored = state["config"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        step, stored = int(state["step"]), dict(state["config"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: state.json cannot be read ({error})") from error
     if stored != config:
         changed = sorted(
@@ -165,7 +164,10 @@ def _read(file: Path) -> Tensors:
 
 
 def _restore(module: nn.Module, tensors: Tensors) -> None:
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    try:
+        missing, unexpected = module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # of other shapes
+        raise CheckpointError(f"a checkpoint is of another student ({error})") from error
     wanted = set(_trained(module))
     if unexpected or wanted & set(missing):
         raise CheckpointError("a checkpoint holds other tensors than this student has")
@@ -178,6 +180,8 @@ def _restore_moments(module: nn.Module, optimiser: torch.optim.Optimizer, tensor
             for key, tensor in tensors.items()
             if key.rpartition("/")[0] == name
         }
+        if any(t.ndim and t.shape != parameter.shape for t in own.values()):
+            raise CheckpointError(f"a checkpoint's moments of {name} are of another shape")
         if own:
             optimiser.state[parameter] = {
                 key: tensor if key == "step" else tensor.to(parameter.device)

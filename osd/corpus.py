@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from osd.errors import CorpusError
 
 INDEX_NAME = "corpus.json"
+_PART = re.compile(r"part-[0-9]{5,}\.jsonl")
 
 
 class Text(BaseModel):
@@ -56,7 +58,9 @@ class Corpus:
             try:
                 stored = json.loads(index.read_text())
                 self.about, self.parts = dict(stored["about"]), dict(stored["parts"])
-            except (ValueError, KeyError, TypeError) as error:
+                if others := [name for name in self.parts if not _PART.fullmatch(name)]:
+                    raise ValueError(f"{others[0]!r} is no part")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CorpusError(f"{index} cannot be read ({error})") from error
             if about is not None and about != self.about:
                 changed = sorted(

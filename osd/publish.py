@@ -24,6 +24,9 @@ from osd.warm_start import checkpoints, widths
 
 logger = logging.getLogger(__name__)
 
+# A version may be stored in wider types than the ensemble's own drafts, with tokenizers beside.
+_MAX_WIDER, _MAX_BESIDE = 4, 2**30
+
 
 def write_version(ensemble: Ensemble, students: Sequence[Trainee], folder: Path, stem: str) -> str:
     """Write students as another version of an ensemble, in the types that its tensors have.
@@ -89,11 +92,15 @@ def open_version(store: DraftsStore, version: Version, ensemble: Ensemble, work:
     The version that the ensemble itself is can be damaged in the store: then it is the ensemble.
 
     Raises:
-        StoreError: if a file is missing or not what was published.
+        StoreError: if a file is missing or not what was published, or it is far larger than the
+            ensemble's drafts.
         ManifestError, WeightsError: if it is no version of this ensemble.
     """
+    own = sum(
+        file.stat().st_size for path in checkpoints(ensemble) for file in path.glob("*.safetensors")
+    )
     try:
-        folder = store.fetch(version, work / "versions")
+        folder = store.fetch(version, work / "versions", _MAX_WIDER * own + _MAX_BESIDE)
     except StoreError as error:
         if version.name != ensemble.manifest.weights_version:
             raise
@@ -113,6 +120,7 @@ def _write_manifest(
         manifest["target"] = {"source": str(ensemble.target_path)}
     for entry, member in zip(manifest["drafts"], ensemble.members, strict=True):
         entry["source"] = sources[member.path]
-        entry.pop("revision", None)
+        for pin in ("revision", "sha256"):  # of the weights that these began as
+            entry.pop(pin, None)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
     open_to_readers(folder)

@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol, Self
 from osd.corpus import Text
 
 START = "0"  # the position before all entries
+MAX_TOKENS = 2**20  # of an entry; the service takes no text as long, and none such is read
 
 
 @dataclass(frozen=True)

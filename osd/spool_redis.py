@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from osd.corpus import Text
 from osd.errors import SpoolError
-from osd.spool import START, Entry, Limits, SpoolStats, order
+from osd.spool import MAX_TOKENS, START, Entry, Limits, SpoolStats, order
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +199,8 @@ def _entries(found: list[Any]) -> list[Entry]:
     entries = []
     for position, fields in found:
         try:
+            if len(fields[b"ids"]) > 4 * MAX_TOKENS:
+                raise ValueError("it is too long")
             text = Text(
                 key=int(fields[b"key"]),
                 response_start=int(fields[b"start"]),

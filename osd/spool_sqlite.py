@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from osd.corpus import Text
 from osd.errors import SpoolError
-from osd.spool import Entry, Limits, SpoolStats, order
+from osd.spool import MAX_TOKENS, Entry, Limits, SpoolStats, order
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ END;
 _BUSY_S = 10.0
 _JUMP_S = 30.0  # a clock that is corrected by less is let alone
 _AT_ONCE = 64  # entries that are dropped for size before it is looked at again
-_Row = tuple[int, int, int, bytes]
+_Row = tuple[int, int, int, bytes | None]
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -151,17 +151,22 @@ class SqliteSpool:
     def _rows(self, which: str, values: tuple[int, ...]) -> list[_Row]:
         with self._told(), self._lock:
             return self._db.execute(
-                f"SELECT id, key, response_start, token_ids FROM conversations {which}", values
+                # What is too long is no text (NULL) before it is in memory.
+                "SELECT id, key, response_start, CASE WHEN length(token_ids) <= ? THEN token_ids "
+                f"END FROM conversations {which}",
+                (4 * MAX_TOKENS, *values),
             ).fetchall()
 
     def _entries(self, rows: Sequence[_Row]) -> list[Entry]:
         entries = []
         for row, key, response_start, packed in rows:
             try:
+                if packed is None:
+                    raise ValueError("it is too long")
                 text = Text(
                     key=key, response_start=response_start, token_ids=array("I", packed).tolist()
                 )
-            except (ValidationError, ValueError) as error:
+            except (ValidationError, ValueError, TypeError) as error:
                 # Nothing here writes such a row; one of them must not stop who reads the others.
                 logger.warning("%s: entry %d cannot be read (%s)", self.path, row, error)
                 continue
@@ -217,7 +222,7 @@ class SqliteSpool:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:  # facts that are none
             raise SpoolError(f"the spool {self.path} cannot be used ({error})") from error
 
 

@@ -150,9 +150,13 @@ def test_a_hub_id_is_found_in_the_hubs_cache(
     folder = tmp_path / "ensemble"
     draft = copy_exit(repository / "snapshots" / revision, folder / "exit_a", 1, 2)
     write_manifest(folder, "hub", "v1", "org/tiny", [draft])
-    for pinned in (None, revision):
-        edit_manifest(folder, target={"source": "org/tiny", "revision": pinned})
-        assert load_ensemble(folder).target_path.name == revision
+    edit_manifest(folder, target={"source": "org/tiny", "revision": revision})
+    assert load_ensemble(folder).target_path.name == revision
+    # A branch or a tag can be moved to other files.
+    for unpinned in (None, "main", "v1.0", revision[:12]):
+        edit_manifest(folder, target={"source": "org/tiny", "revision": unpinned})
+        with pytest.raises(ManifestError, match=r"'org/tiny'.*40 digits.*org/tiny/commits/main"):
+            load_ensemble(folder)
     edit_manifest(folder, target={"source": "org/tiny", "revision": "f" * 40})
     with pytest.raises(ManifestError, match="org/tiny"):
         load_ensemble(folder)
