@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := .venv/.ready
 INPUTS := requirements/cpu.txt pyproject.toml clients/pyproject.toml Makefile
 
-.PHONY: setup demo serve test test-fast lint format bench lock openapi drafts clean
+.PHONY: setup demo serve test test-fast lint docker-lint format bench lock openapi drafts clean
 
 setup: $(READY)
 	@echo "setup: .venv is up to date"
@@ -44,10 +44,13 @@ test: setup
 test-fast: setup
 	@$(BIN)/python -m pytest -q -m "not engine"
 
-lint: setup
+lint: setup docker-lint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docker-lint: setup
+	@$(BIN)/hadolint docker/*.Dockerfile
 
 format: setup
 	@$(BIN)/ruff check --fix .
@@ -56,15 +59,20 @@ format: setup
 bench: setup
 	@$(BIN)/python benchmarks/score_throughput.py
 
+COMPILE = $(BIN)/uv pip compile --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--no-emit-package demur --no-emit-package demur-server --no-header --no-annotate --quiet
+CPU_BUILD = --override requirements/overrides.txt --find-links .venv/wheels --no-emit-package torch
+
 # Resolves the pins again. Needs the network and takes whatever is newest within pyproject's bounds.
 lock: setup
 	@$(PIP) install --quiet uv==0.13.*
 	@$(PIP) download --quiet --no-deps --dest .venv/wheels $(TORCH) || \
 		$(PIP) download --quiet --no-deps --dest .venv/wheels --index-url $(TORCH_INDEX) $(TORCH)
-	@$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt \
-		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --find-links .venv/wheels \
-		--no-emit-package torch --no-emit-package demur --no-emit-package demur-server \
-		--no-header --no-annotate --quiet --output-file requirements/cpu.txt
+	@$(COMPILE) requirements/cpu.in $(CPU_BUILD) --output-file requirements/cpu.txt
+	@# What the images install: the CPU one's versions are those that were tested here.
+	@$(COMPILE) requirements/serve-cpu.in $(CPU_BUILD) --constraint requirements/cpu.txt \
+		--output-file requirements/serve-cpu.txt
+	@$(COMPILE) requirements/serve-cuda.in --output-file requirements/serve-cuda.txt
 
 # Distils the default target's residual and exit drafts. Goes on where it stopped.
 DATA ?= ../shared/data
