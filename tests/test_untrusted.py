@@ -445,6 +445,18 @@ def test_pinned_files_are_what_they_were(folder: Path, tmp_path: Path) -> None:
         load_ensemble(folder)
 
 
+def test_a_long_check_is_told_and_made_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("drafts.manifest._QUIET_S", -1.0)
+    file = folder / "model_a/model.safetensors"
+    pin(folder, "model_a", {file.name: sha256(file)})
+    with caplog.at_level("INFO", "drafts.manifest"):
+        load_ensemble(folder)
+        load_ensemble(folder)
+    assert [record.message for record in caplog.records] == [f"checking the SHA-256 of {file}"]
+
+
 def test_pins_name_all_weights_and_nothing_elsewhere(folder: Path) -> None:
     digest = sha256(folder / "model_a/config.json")
     pin(folder, "model_a", {"config.json": digest})
