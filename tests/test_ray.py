@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,10 @@ def running(place: Path, redis: RedisServer) -> Iterator[Cluster]:
         "spool": redis.url,
         "follow_every_s": "0.5",
         "allow_no_keys": "true",
+        "max_num_seqs": "2",  # so that few requests fill a replica
     }
     with cluster(settings) as found:
-        found.serve(min_replicas=2, max_replicas=2)
+        found.serve(min_replicas=2, max_replicas=2, max_queued_requests=1)
         yield found
 
 
@@ -65,6 +68,13 @@ def score(url: str, number: int) -> httpx.Response:
     return httpx.post(f"{url}/v1/score", json=body, headers=headers, timeout=60)
 
 
+def generate(url: str, number: int) -> tuple[httpx.Response, list[bytes]]:
+    """A stream, read to its end, and the pieces that it came in."""
+    body = {"prompt": f"And {number}?", "max_tokens": 24, "stream": True, "uncertainty": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+        return stream, list(stream.iter_raw())
+
+
 @pytest.mark.engine
 def test_two_replicas_answer_and_share_a_spool_and_a_store(
     running: Cluster, redis: RedisServer, place: Path
@@ -78,14 +88,19 @@ def test_two_replicas_answer_and_share_a_spool_and_a_store(
     assert list(running.replicas().values()) == ["v1", "v1"]
 
     # A stream comes through the proxy as it is made.
-    body = {"prompt": "How much?", "max_tokens": 24, "stream": True, "uncertainty": True}
-    url = f"{running.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, timeout=60) as stream:
-        chunks = list(stream.iter_raw())
+    _, chunks = generate(running.url, -1)
     assert len(chunks) > 3
     *events, done = b"".join(chunks).decode().split("\n\n")[:-1]
     assert done == "data: [DONE]"
     assert json.loads(events[0].removeprefix("data: "))["choices"]
+
+    # What does not fit is told to come again, in Serve's own words.
+    with ThreadPoolExecutor(40) as clients:
+        answers = [answer for answer, _ in clients.map(partial(generate, running.url), range(40))]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    full = next(answer for answer in answers if answer.status_code == 429)
+    assert full.headers["Retry-After"] == "5"
+    accepted = sum(answer.status_code == 200 for answer in answers)
 
     # A version that is published serves in both.
     second = mixed_ensemble(place / "v2", seed=100, version="v2")
@@ -98,7 +113,7 @@ def test_two_replicas_answer_and_share_a_spool_and_a_store(
     assert score(running.url, 100).status_code == 200
     serve.delete("demur")
     kept = open_spool(redis.url, name="tiny-llama").read(START, 100)
-    assert len(kept) == 8 + 1 + 2
+    assert len(kept) == 8 + 1 + accepted + 2
 
 
 @pytest.mark.parametrize(
