@@ -64,7 +64,7 @@ USER 10001:10001
 WORKDIR /var/lib/demur/state
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# 200 while it starts, too: /ready tells whether it answers. 503 when the engine has died.
+# 200 while it starts, too: /ready tells whether it answers. 503 when the engine fails to start again.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"DEMUR_PORT\"]}/health', timeout=4)"]
 ENTRYPOINT ["demur"]
