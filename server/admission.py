@@ -1,8 +1,9 @@
-"""Bounds on what is under way: a queue that says no, deadlines, and clients that hang up."""
+"""Bounds on what is under way: a queue that says no, and clients that hang up."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,15 +12,28 @@ from fastapi import Request
 
 from server import metrics
 from server.errors import QueueFull
+from server.queue_wait import QueueWait
 
 T = TypeVar("T")
 
+# Of the deadline: what waits longer would hardly be done in time.
+_OF_DEADLINE = 0.8
+_LONGEST_RETRY_S = 60
+
 
 class Admission:
-    """Counts items that wait for the engine or are in it."""
+    """Counts items that wait for the engine or are in it, and says no in time.
 
-    def __init__(self, max_pending: int) -> None:
+    Args:
+        max_pending: bounds memory.
+        within_s: the deadline. What could not be answered by then is refused at once: an answer
+            that comes too late costs as much as one in time, and helps nobody.
+    """
+
+    def __init__(self, max_pending: int, within_s: float) -> None:
         self.max_pending = max_pending
+        self.within_s = within_s
+        self.wait = QueueWait()
         self.pending = 0
         self.tell: Callable[[int], None] | None = None  # who else wants to know
 
@@ -35,6 +49,13 @@ class Admission:
                 f"{self.pending} items are pending and at most {self.max_pending} may be; "
                 "try again later",
                 retry_after_s=1 + self.pending // 100,
+            )
+        wait, bound = self.wait.estimate_s(), _OF_DEADLINE * self.within_s
+        if wait > bound:
+            raise QueueFull(
+                f"it would wait for the engine for about {wait:.0f} s and has to be done within "
+                f"{self.within_s:g} s; try again later",
+                retry_after_s=min(math.ceil(wait - bound), _LONGEST_RETRY_S),
             )
         try:
             self._add(items)

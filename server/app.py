@@ -12,7 +12,7 @@ from importlib import metadata
 
 from fastapi import FastAPI
 
-from server import openai_routes, osd_routes, routes
+from server import documents, openai_routes, osd_routes, routes
 from server.errors import install_handlers
 from server.middleware import RequestContext
 from server.settings import Settings
@@ -44,14 +44,22 @@ def create_app(
         version=metadata.version("demur-server"),
         lifespan=lifespan,
         redirect_slashes=False,
+        # FastAPI's own pages would stand open; `server.documents` has them for those with a key.
+        openapi_url=None,
     )
     app.state.demur = state
     install_handlers(app)
     app.include_router(routes.scored)
     app.include_router(openai_routes.generated)
     app.include_router(osd_routes.administered)
+    app.include_router(routes.told)
     app.include_router(routes.open_to_all)
-    app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
+    app.include_router(documents.documents)
+    app.add_middleware(
+        RequestContext,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
     _drop_stock_validation_error(app)
     return app
 

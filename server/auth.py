@@ -1,57 +1,102 @@
-"""Bearer keys: who may score and generate, and who may look at and change the drafts."""
+"""Who may do what: every route is one of these, and looks at the key before it reads the body."""
 
 from __future__ import annotations
 
-import hmac
-from typing import Annotated
+import ipaddress
+from collections.abc import Callable, Coroutine
+from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import SecretStr
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 
-from server.errors import Forbidden, Unauthorized
-from server.settings import Settings
+from server.errors import BadRequest, Forbidden, Unauthorized
+from server.keys import Key, Scope
+from server.state import State
 
-_bearer = HTTPBearer(auto_error=False, description="Needed where the service has keys.")
-_Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+# For the OpenAPI document; the routes below do the checking.
+bearer = HTTPBearer(auto_error=False, description="Needed where the service has keys.")
 
 
-def authorise(request: Request, credentials: _Credentials) -> None:
-    """Let in whoever has one of `api_keys` or `admin_keys`; everybody if there are no `api_keys`.
+class KeyRoute(APIRoute):
+    """A route for whoever has a key; for everybody if the service has none."""
+
+    needed: Scope | None = None
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            state: State = request.app.state.demur
+            key = _authorise(state, request, self.needed)
+            if key is not None and self.needed in ("score", "generate"):
+                await state.budgets.request(key)
+            request.state.key = key
+            return await handle(request)
+
+        return checked
+
+
+class ScoreRoute(KeyRoute):
+    needed = "score"
+
+
+class GenerateRoute(KeyRoute):
+    needed = "generate"
+
+
+class AdminRoute(KeyRoute):
+    needed = "admin"
+
+
+def _authorise(state: State, request: Request, needed: Scope | None) -> Key | None:
+    """The key of a request.
 
     Raises:
         Unauthorized: without a key that fits.
+        Forbidden: with a key that is not good for this.
     """
-    settings: Settings = request.app.state.demur.settings
-    if settings.api_keys and not _fits(credentials, settings.api_keys + settings.admin_keys):
+    if not state.keyring:
+        _refuse_other_sites(state, request, needed)
+        return None
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    key = state.keyring.find(given.strip()) if scheme.lower() == "bearer" else None
+    if key is None:
         raise Unauthorized("a valid key is needed: `Authorization: Bearer <key>`")
+    if needed is not None and not key.may(needed):
+        raise Forbidden(
+            f"the key '{key.name}' has no scope '{needed}'; it has: "
+            f"{', '.join(sorted(key.scopes)) or 'none'}",
+            code="scope_needed",
+        )
+    return key
 
 
-def authorise_admin(request: Request, credentials: _Credentials) -> None:
-    """Let in whoever has one of `admin_keys`; everybody if the service has no keys at all.
-
-    Raises:
-        Forbidden: with a key that is good for scoring only; without keys, for a page of another
-            site that a browser on this machine shows.
-        Unauthorized: without a key that fits.
-    """
-    settings: Settings = request.app.state.demur.settings
-    if not settings.api_keys and not settings.admin_keys:
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-            raise Forbidden(f"pages of {origin} may not administer this service: set `admin_keys`")
-        return
-    if _fits(credentials, settings.admin_keys):
-        return
-    if _fits(credentials, settings.api_keys):
-        has = "one of the service's `admin_keys`" if settings.admin_keys else "it has none set"
-        raise Forbidden(f"this key may score and generate; here an admin key is needed: {has}")
-    raise Unauthorized("an admin key is needed: one of the service's `admin_keys`")
+def _refuse_other_sites(state: State, request: Request, needed: Scope | None) -> None:
+    """Without keys, what keeps a page that a browser on this machine shows from asking here."""
+    host = request.headers.get("host", "")
+    name = urlsplit(f"//{host}").hostname or ""
+    # A name that is not ours may be another site's that has been made to lead here.
+    if not (state.settings.allow_no_keys or _is_here(name) or name == state.settings.host):
+        raise BadRequest(
+            f"this service has no keys and does not answer for the host '{name}': ask by its "
+            "address, set keys, or set allow_no_keys",
+            code="unknown_host",
+        )
+    origin = request.headers.get("origin")
+    if needed == "admin" and origin is not None and urlsplit(origin).netloc != host:
+        raise Forbidden(
+            f"pages of {origin} may not administer this service: set keys",
+            code="foreign_origin",
+        )
 
 
-def _fits(credentials: HTTPAuthorizationCredentials | None, keys: list[SecretStr]) -> bool:
-    given = credentials.credentials.encode() if credentials else b""
-    # Every key is compared, whichever fits, so that the time taken tells nothing.
-    matches = [hmac.compare_digest(given, key.get_secret_value().encode()) for key in keys]
-    return any(matches)
+def _is_here(name: str) -> bool:
+    if name in ("localhost", ""):  # a browser always names the host
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 from drafts.aggregate import aggregate
 from drafts.decoding import Piece, StreamDecoder
@@ -42,6 +43,7 @@ class Prompt:
 class Job:
     """What a request asks of the engine. Choice i goes on from prompt i // n."""
 
+    operation: Literal["chat", "text_completion"]
     prompts: list[Prompt]
     n: int
     sampling: Sampling
@@ -54,6 +56,12 @@ class Job:
     @property
     def n_choices(self) -> int:
         return self.n * len(self.prompts)
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompts, and answers if none ends before it must."""
+        prompts = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return prompts + self.n_choices * self.sampling.max_new_tokens
 
 
 @dataclass(frozen=True)

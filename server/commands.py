@@ -33,23 +33,15 @@ def serve(
     ensemble: Annotated[Path | None, typer.Option(help="folder with demur.json")] = None,
 ) -> None:
     """Start the service. Settings: DEMUR_* variables and demur.toml (docs/operations.md)."""
-    import uvicorn
-
     from drafts.manifest import read_manifest
     from osd.errors import OsdError
     from osd.online_config import read_online_config
     from server.app import create_app
+    from server.connections import listening_server
     from server.logs import configure_logging
     from server.settings import read_settings
+    from server.tracing import configure_tracing
 
-    try:
-        settings = read_settings(host=host, port=port, ensemble=ensemble)
-        read_manifest(settings.ensemble.expanduser())
-        if settings.osd == "train":
-            read_online_config(settings.osd_config)  # the trainer's own, but told at once
-    except (ValueError, DraftsError, OsdError) as error:  # pydantic's, TOML's and ours
-        _fail(error)
-    configure_logging(settings.log_level)
     failed = False
 
     def stop() -> None:
@@ -57,29 +49,35 @@ def serve(
         failed = True
         server.should_exit = True
 
-    config = uvicorn.Config(
-        create_app(settings, on_failure=stop),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,  # the service's own line has the request id
-        timeout_graceful_shutdown=settings.shutdown_grace_s,
-    )
-    server = uvicorn.Server(config)
+    try:
+        settings = read_settings(host=host, port=port, ensemble=ensemble)
+        settings.check_reachable()
+        read_manifest(settings.ensemble.expanduser())
+        if settings.osd == "train":
+            read_online_config(settings.osd_config)  # the trainer's own, but told at once
+        app = create_app(settings, on_failure=stop)
+    except (ValueError, DraftsError, OsdError) as error:  # pydantic's, TOML's and ours
+        _fail(error)
+    configure_logging(settings.log_level, settings.log_format)
+    send_last_traces = configure_tracing()
+    server = listening_server(app, settings)
     # Before the engine is loaded, which takes long: a port in use ends the process at once.
     try:
-        listening = config.bind_socket()
+        listening = server.config.bind_socket()
     except SystemExit:  # uvicorn has logged why
         sys.exit(1)
     # The trainer, which ends a moment after a service that is killed, must not hold its port.
     listening.set_inheritable(False)
-    if not settings.api_keys:
-        logging.getLogger("server").warning("no api_keys are set: whoever reaches it can score")
+    if not settings.has_keys:
+        logging.getLogger("server").warning("no keys are set: whoever reaches it may do all")
     if settings.osd != "off":
         logging.getLogger("server").warning(
             "osd is %s: conversations are kept, but those with `store: false`", settings.osd
         )
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    finally:
+        send_last_traces()
     if failed or not server.started:
         sys.exit(1)
 

@@ -7,10 +7,8 @@ from typing import Any
 from fastapi import Request
 
 from server import schemas
-from server.errors import NotReady
+from server.keys import Key
 from server.state import Serving, State
-
-_STARTING_RETRY_S = 5
 
 
 def state_of(request: Request) -> State:
@@ -20,11 +18,14 @@ def state_of(request: Request) -> State:
 
 
 async def serving(request: Request) -> Serving:
-    """What answers requests; `NotReady` before it is up and after it died."""
-    state = state_of(request)
-    if state.serving is None or not await state.healthy():
-        raise NotReady(state.why_not_ready(), retry_after_s=_STARTING_RETRY_S)
-    return state.serving
+    """What answers requests; `NotReady` before it is up and while it is not."""
+    return await state_of(request).answering()
+
+
+def key_of(request: Request) -> Key | None:
+    """The key that a request was let in with; None where the service has none."""
+    key: Key | None = request.state.key
+    return key
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -5,8 +5,10 @@ ApiError
 ├── Unauthorized      401
 ├── Forbidden         403
 ├── NotFound          404
+├── TooSlow           408
 ├── TooLarge          413
 ├── QueueFull         429, with Retry-After
+├── RateLimited       429, with Retry-After
 ├── NotReady          503, with Retry-After
 └── DeadlineExceeded  504
 """
@@ -71,7 +73,7 @@ class Unauthorized(ApiError):
 
 
 class Forbidden(ApiError):
-    status, type, code = 403, "permission_error", "admin_key_needed"
+    status, type, code = 403, "permission_error", "forbidden"
 
 
 class NotFound(ApiError):
@@ -82,26 +84,30 @@ class TooLarge(ApiError):
     status, type, code = 413, "invalid_request_error", "too_large"
 
 
-class BodyTooLarge(HTTPException):
+class TooSlow(ApiError):
+    status, type, code = 408, "invalid_request_error", "body_too_slow"
+
+
+class BodyRefused(HTTPException):
     """Raised while a body is read. FastAPI turns any other exception there into a plain 400."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, error: ApiError) -> None:
         # What is left of the body is not read, so the connection cannot be used again.
-        super().__init__(413, headers={"Connection": "close"})
-        self.limit = limit
+        super().__init__(error.status, headers={"Connection": "close"})
+        self.error = error
 
     def response(self) -> JSONResponse:
         """The whole answer."""
-        error = TooLarge(
-            f"the body is over {self.limit} bytes; send fewer or shorter items",
-            code="body_too_large",
-        )
-        error.headers.update(self.headers or {})
-        return error.response()
+        self.error.headers.update(self.headers or {})
+        return self.error.response()
 
 
 class QueueFull(ApiError):
     status, type, code = 429, "rate_limit_error", "queue_full"
+
+
+class RateLimited(ApiError):
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
 
 class NotReady(ApiError):
@@ -163,7 +169,7 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(error, BodyTooLarge):
+        if isinstance(error, BodyRefused):
             return error.response()
         answer = ApiError(str(error.detail))
         answer.status = error.status_code

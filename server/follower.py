@@ -109,8 +109,7 @@ async def follow(follower: Follower, every_s: float) -> None:
             await follower.look()
             problem = ""
         except EngineNotReady as error:
-            logger.error("%s", error)
-            return
+            logger.debug("%s", error)  # it is started again; the next look is at the new one
         except (OSError, DraftsError) as error:
             if str(error) != problem:
                 logger.error("the drafts store: %s; serving on with what serves", error)

@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
-from server import metrics
+from drafts.scores import Generated, Sampling
+from server import metrics, tracing
 from server.admission import Admission
 from server.capture import Capture
 from server.choice import Choice, Job, Part, Prompt
@@ -58,12 +59,20 @@ class Generator:
         room = asyncio.Semaphore(self.settings.batch_concurrency)
         done: list[tuple[Prompt, Choice]] = []
         try:
-            async with (
-                asyncio.timeout(self.settings.request_timeout_s),
-                asyncio.TaskGroup() as group,
-            ):
-                for index in range(job.n_choices):
-                    group.create_task(self._choice(job, index, parts, room, done))
+            with tracing.operation(job.operation, self.served.name) as span:
+                tracing.describe_job(span, job)
+                async with (
+                    asyncio.timeout(self.settings.request_timeout_s),
+                    asyncio.TaskGroup() as group,
+                ):
+                    for index in range(job.n_choices):
+                        group.create_task(self._choice(job, index, parts, room, done))
+                choices = [choice for _, choice in done]
+                tracing.describe_choices(
+                    span,
+                    [str(choice.finish_reason) for choice in choices],
+                    sum(choice.n_generated for choice in choices),
+                )
             outcome = "ok"
             self._keep(job, done)
         except TimeoutError:
@@ -95,10 +104,7 @@ class Generator:
         if sampling.seed is not None:  # as vLLM does: choices by one seed would all be the same
             sampling = replace(sampling, seed=(sampling.seed + index % job.n) % 2**63)
         with told_to_clients():
-            async with (
-                room,
-                aclosing(self.served.engine.stream(prompt.token_ids, sampling)) as steps,
-            ):
+            async with room, aclosing(self._steps(prompt, sampling)) as steps:
                 async for step in steps:
                     pieces = choice.take(step)
                     if choice.finish_reason is not None:
@@ -109,6 +115,18 @@ class Generator:
         metrics.TOKENS.labels("generated").inc(choice.n_generated)
         metrics.GENERATIONS.labels(choice.finish_reason).inc()
         done.append((prompt, choice))
+
+    async def _steps(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Generated, None]:
+        """What the engine answers; until it begins to, the choice counts as waiting."""
+        with self.admission.wait.waits() as first_answer:
+            stream = self.served.engine.stream(prompt.token_ids, sampling)
+            async with aclosing(stream) as steps:
+                with tracing.stage("first_token"):
+                    first = await anext(steps)
+                first_answer()
+                yield first
+                async for step in steps:
+                    yield step
 
     def _keep(self, job: Job, done: list[tuple[Prompt, Choice]]) -> None:
         """Offer the choices of a job that has ended well for distillation, if that is allowed."""

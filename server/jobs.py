@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 from drafts.scores import Sampling
 from osd.shards import conversation_key
@@ -53,7 +54,7 @@ async def chat_job(body: ChatRequest, served: Served) -> Job:
     top = body.top_logprobs or 0
     key = conversation_key(messages=[message.turn for message in body.messages])
     prompts = [Prompt(prompt, schemas.said(body.messages), key)]
-    return _job(body, prompts, given or max(room, 1), bool(body.logprobs), top, served)
+    return _job("chat", body, prompts, given or max(room, 1), bool(body.logprobs), top, served)
 
 
 async def completion_job(body: CompletionRequest, served: Served) -> Job:
@@ -63,7 +64,7 @@ async def completion_job(body: CompletionRequest, served: Served) -> Job:
         prompts = await asyncio.to_thread(_prompts, body.prompt, served)
     max_new = body.max_tokens or _COMPLETION_TOKENS
     logprobs = body.logprobs is not None
-    return _job(body, prompts, max_new, logprobs, body.logprobs or 0, served)
+    return _job("text_completion", body, prompts, max_new, logprobs, body.logprobs or 0, served)
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]], served: Served) -> list[Prompt]:
@@ -84,6 +85,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]], served: Serv
 
 
 def _job(
+    operation: Literal["chat", "text_completion"],
     body: GenerationBody,
     prompts: list[Prompt],
     max_new_tokens: int,
@@ -107,6 +109,7 @@ def _job(
         top=top,
     )
     return Job(
+        operation=operation,
         prompts=prompts,
         n=n,
         sampling=sampling,

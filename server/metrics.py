@@ -13,6 +13,16 @@ REQUEST_SECONDS = Histogram(
     ["route"],
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
 )
+STAGE_SECONDS = Histogram(
+    "demur_stage_seconds",
+    "Duration of an operation's stages: tokenise, engine, measure of a score; first_token, from "
+    "the engine's side, of a generation; respond of both",
+    ["stage"],
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+KEY_TOKENS = Counter("demur_key_tokens", "Tokens that a key was counted for", ["key"])
+KEY_REFUSED = Counter("demur_key_refused", "Requests over a key's budget", ["key", "budget"])
+ENGINE_FAILURES = Counter("demur_engine_failures", "Times that the engine died or hung")
 PENDING = Gauge("demur_pending_items", "Items waiting for the engine or in it")
 ITEMS = Counter("demur_items", "Items of scoring requests", ["outcome"])
 TOKENS = Counter("demur_tokens", "Tokens through the engine", ["part"])

@@ -1,10 +1,11 @@
-"""What happens to every request before and after its route: id, size limit, metrics.
+"""What happens to every request before and after its route: id, trace, bounded body, metrics.
 
 Plain ASGI: Starlette's BaseHTTPMiddleware would hide a client that hangs up from the routes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -14,8 +15,8 @@ from contextvars import ContextVar
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import metrics
-from server.errors import ApiError, BodyTooLarge
+from server import metrics, tracing
+from server.errors import ApiError, BodyRefused, TooLarge, TooSlow
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,18 @@ _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RequestContext:
-    """X-Request-Id in and out, a bounded body, one log line and metrics for each request."""
+    """X-Request-Id in and out, a bounded body, a span, one log line and metrics for each request.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Args:
+        max_body_bytes: a larger body gets a 413.
+        body_timeout_s: to send it; then a 408. Else a client that sends a byte now and then would
+            hold memory and a connection for as long as it likes.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,15 +49,6 @@ class RequestContext:
         REQUEST_ID.set(request_id)
         started = time.perf_counter()
         status = 0
-        received = 0
-
-        async def bounded_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
-                raise BodyTooLarge(self.max_body_bytes)
-            return message
 
         async def tagged_send(message: Message) -> None:
             nonlocal status
@@ -58,27 +57,77 @@ class RequestContext:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
+        with tracing.http_request(scope["method"], headers, request_id) as span:
+            try:
+                body = _Body(receive, self.max_body_bytes, self.body_timeout_s)
+                body.check_declared(headers.get("content-length", ""))
+                await self.app(scope, body.receive, tagged_send)
+            except BodyRefused as error:  # by its declared length, before any route saw it
+                await error.response()(scope, receive, tagged_send)
+            except Exception:
+                # Here and not in an exception handler: Starlette runs that one outside of us, and
+                # its answer would carry no id and be counted as none.
+                logger.exception("request failed")
+                if status:
+                    raise  # the answer has begun; all that is left is to break it off
+                answer = ApiError("internal error; the server's log has the details").response()
+                await answer(scope, receive, tagged_send)
+            finally:
+                # The route's template, not the path: paths are the client's and have no end.
+                route = getattr(scope.get("route"), "path", "unknown")
+                tracing.end_request(span, scope["method"], route, status)
+                _observe(scope, route, status, time.perf_counter() - started)
+
+
+class _Body:
+    """A request's body as it comes in, neither too large nor too slow."""
+
+    def __init__(self, receive: Receive, max_bytes: int, within_s: float) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._within_s = within_s
+        self._until = asyncio.get_running_loop().time() + within_s
+        self._received = 0
+        self._whole = False
+
+    def check_declared(self, length: str) -> None:
+        if length.isdecimal() and int(length) > self._max_bytes:
+            self._refuse_size()
+
+    async def receive(self) -> Message:
+        if self._whole:  # what comes now is the disconnect, for which a route may wait
+            return await self._receive()
         try:
-            declared = headers.get("content-length", "")
-            if declared.isdecimal() and int(declared) > self.max_body_bytes:
-                raise BodyTooLarge(self.max_body_bytes)
-            await self.app(scope, bounded_receive, tagged_send)
-        except BodyTooLarge as error:  # by its declared length, before any route saw it
-            await error.response()(scope, receive, tagged_send)
-        except Exception:
-            # Here and not in an exception handler: Starlette runs that one outside of us, and its
-            # answer would carry no id and be counted as none.
-            logger.exception("request failed")
-            if status:
-                raise  # the answer has begun; all that is left is to break it off
-            answer = ApiError("internal error; the server's log has the details").response()
-            await answer(scope, receive, tagged_send)
-        finally:
-            # The route's template, not the path: paths are the client's and have no end.
-            route = getattr(scope.get("route"), "path", "unknown")
-            seconds = time.perf_counter() - started
-            metrics.REQUESTS.labels(route, status).inc()
-            metrics.REQUEST_SECONDS.labels(route).observe(seconds)
-            # Probes come every few seconds and would bury the rest.
-            level = logging.DEBUG if route in _PROBES else logging.INFO
-            logger.log(level, "%s %s %d %.3fs", scope["method"], route, status, seconds)
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            error = TooSlow(f"the body did not come within {self._within_s:g} s")
+            raise BodyRefused(error) from None
+        self._received += len(message.get("body", b""))
+        if self._received > self._max_bytes:
+            self._refuse_size()
+        self._whole = not message.get("more_body", False)
+        return message
+
+    def _refuse_size(self) -> None:
+        raise BodyRefused(
+            TooLarge(
+                f"the body is over {self._max_bytes} bytes; send fewer or shorter items",
+                code="body_too_large",
+            )
+        )
+
+
+def _observe(scope: Scope, route: str, status: int, seconds: float) -> None:
+    metrics.REQUESTS.labels(route, status).inc()
+    metrics.REQUEST_SECONDS.labels(route).observe(seconds)
+    # Probes come every few seconds and would bury the rest.
+    level = logging.DEBUG if route in _PROBES else logging.INFO
+    key = scope.get("state", {}).get("key")
+    facts = {"method": scope["method"], "route": route, "status": status, "seconds": seconds}
+    logger.log(
+        level,
+        "%s %s %d %.3fs",
+        *facts.values(),
+        extra=facts | {"key": key.name if key is not None else None},
+    )

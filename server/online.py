@@ -62,15 +62,21 @@ class Online:
             except OSError as error:  # the trainer will not know that this service is busy
                 logger.error("the load cannot be told: %s", error)
         if self.follower is not None:
-            try:
-                await self.follower.look()
-            except (OSError, DraftsError) as error:
-                logger.error("the drafts store: %s; serving with the ensemble's own drafts", error)
+            await self.catch_up()
             every = self.settings.follow_every_s
             self._tasks.append(asyncio.create_task(follow(self.follower, every)))
             self._tasks.append(asyncio.create_task(self._observe(every)))
         if self.settings.osd == "train":
             self._tasks.append(asyncio.create_task(keep_training(self.settings)))
+
+    async def catch_up(self) -> None:
+        """Serve with the store's current version, if there is one that can be used."""
+        if self.follower is None:
+            return
+        try:
+            await self.follower.look(again=True)
+        except (OSError, DraftsError) as error:
+            logger.error("the drafts store: %s; serving with the ensemble's own drafts", error)
 
     async def end(self) -> None:
         """Stop all parts; what waits for the spool is written."""

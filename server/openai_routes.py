@@ -10,9 +10,9 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from server import openai_schemas as schemas
 from server.admission import ClientGone, unless_gone
-from server.auth import authorise
+from server.auth import GenerateRoute, bearer
 from server.choice import Job
-from server.dependencies import errors, serving
+from server.dependencies import errors, key_of, serving, state_of
 from server.event_stream import EventStream
 from server.jobs import chat_job, completion_job, n_choices
 from server.openai_answers import Answer, ChatAnswer, TextAnswer, events, whole
@@ -21,8 +21,9 @@ from server.state import Serving
 
 generated = APIRouter(
     prefix="/v1",
-    dependencies=[Depends(authorise)],
-    responses=errors(400, 401, 404, 413, 429, 500, 503, 504),
+    route_class=GenerateRoute,
+    dependencies=[Depends(bearer)],
+    responses=errors(400, 401, 403, 404, 408, 413, 429, 500, 503, 504),
 )
 
 
@@ -72,6 +73,8 @@ async def _respond(
     try:
         with closing(job), serving.generator.admission.take(n_choices(body, serving.settings)):
             answer = contract(serving.served, await unless_gone(request, job))
+        # What it may come to, as it is not known yet what it will.
+        await state_of(request).budgets.tokens(key_of(request), answer.job.most_tokens)
         parts = serving.generator.run(answer.job)
         if not body.stream:
             content = await unless_gone(request, whole(answer, parts))

@@ -7,12 +7,15 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from server import schemas
-from server.auth import authorise_admin
+from server.auth import AdminRoute, bearer
 from server.dependencies import errors, serving
 from server.state import Serving
 
 administered = APIRouter(
-    prefix="/v1", dependencies=[Depends(authorise_admin)], responses=errors(401, 403, 503)
+    prefix="/v1",
+    route_class=AdminRoute,
+    dependencies=[Depends(bearer)],
+    responses=errors(400, 401, 403, 408, 413, 503),
 )
 _Serving = Annotated[Serving, Depends(serving)]
 
@@ -24,7 +27,7 @@ async def drafts(serving: _Serving) -> schemas.DraftList:
 
 
 @administered.post(
-    "/drafts/rollback", summary="Serve with an earlier version", responses=errors(400, 404)
+    "/drafts/rollback", summary="Serve with an earlier version", responses=errors(404)
 )
 async def rollback(
     serving: _Serving, body: schemas.RollbackRequest | None = None
@@ -44,21 +47,21 @@ async def osd(serving: _Serving) -> schemas.OsdStatus:
     return await serving.online.status()
 
 
-@administered.post("/osd/pause", summary="Let the trainer rest", responses=errors(400))
+@administered.post("/osd/pause", summary="Let the trainer rest")
 async def pause(serving: _Serving) -> schemas.OsdStatus:
     """It rests after the step that it is at. Conversations are kept meanwhile."""
     await serving.online.pause("by request")
     return await serving.online.status()
 
 
-@administered.post("/osd/resume", summary="Let the trainer go on", responses=errors(400))
+@administered.post("/osd/resume", summary="Let the trainer go on")
 async def resume(serving: _Serving) -> schemas.OsdStatus:
     """After a pause."""
     await serving.online.pause(None)
     return await serving.online.status()
 
 
-@administered.delete("/osd/spool", summary="Delete all kept conversations", responses=errors(400))
+@administered.delete("/osd/spool", summary="Delete all kept conversations")
 async def delete_spool(serving: _Serving) -> schemas.Deleted:
     """Those in the spool, those on their way into it, and those that the trainer holds."""
     return schemas.Deleted(deleted=await serving.online.clear())

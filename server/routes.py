@@ -8,15 +8,22 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from server import schemas
+from server import schemas, tracing
 from server.admission import ClientGone, unless_gone
-from server.auth import authorise
-from server.dependencies import errors, serving, state_of
+from server.auth import KeyRoute, ScoreRoute, bearer
+from server.dependencies import errors, key_of, serving, state_of
 from server.errors import BadRequest, NotReady
 from server.served import Served
 from server.state import Serving
 
-scored = APIRouter(prefix="/v1", dependencies=[Depends(authorise)], responses=errors(400, 401))
+scored = APIRouter(
+    prefix="/v1",
+    route_class=ScoreRoute,
+    dependencies=[Depends(bearer)],
+    responses=errors(400, 401, 403),
+)
+# For those with a key, whatever it is good for.
+told = APIRouter(route_class=KeyRoute, dependencies=[Depends(bearer)], responses=errors(400, 401))
 open_to_all = APIRouter()
 
 
@@ -24,7 +31,7 @@ open_to_all = APIRouter()
     "/score",
     summary="Score given text",
     response_model=schemas.ScoreResponse | schemas.ScoreList,
-    responses=errors(404, 413, 429, 500, 503, 504),
+    responses=errors(404, 408, 413, 429, 500, 503, 504),
 )
 async def score(
     body: schemas.ScoreBody, request: Request, serving: Annotated[Serving, Depends(serving)]
@@ -39,20 +46,25 @@ async def score(
     try:
         with state.admission.take(len(body) if isinstance(body, list) else 1):
             scorer = serving.scorer
-            work = scorer.score_list(body) if isinstance(body, list) else scorer.score(body)
+            key = key_of(request)
+            work = (
+                scorer.score_list(body, key) if isinstance(body, list) else scorer.score(body, key)
+            )
             answer: schemas.ScoreList | schemas.ScoreResponse = await unless_gone(request, work)
     except ClientGone:
         return Response(status_code=499)  # nobody reads it; the log and the metrics do
-    return Response(answer.model_dump_json(), media_type="application/json")
+    with tracing.stage("respond"):
+        content = answer.model_dump_json()
+    return Response(content, media_type="application/json")
 
 
-@scored.get("/models", summary="Served ensembles", responses=errors(503))
+@told.get("/v1/models", summary="Served ensembles", responses=errors(503))
 async def models(serving: Annotated[Serving, Depends(serving)]) -> schemas.ModelList:
     """The ensemble served here, as OpenAI's model list."""
     return schemas.ModelList(data=[_model(serving.served)])
 
 
-@scored.get("/models/{model}", summary="A served ensemble", responses=errors(404, 503))
+@told.get("/v1/models/{model}", summary="A served ensemble", responses=errors(404, 503))
 async def model(model: str, serving: Annotated[Serving, Depends(serving)]) -> schemas.Model:
     """One of them."""
     serving.served.check_model(model)
@@ -74,21 +86,23 @@ def _model(served: Served) -> schemas.Model:
 
 @open_to_all.get("/health", summary="Is the process alive?", responses=errors(503))
 async def health(request: Request) -> schemas.Status:
-    """200 while the engine starts or serves; 503 once it is dead and a restart is needed."""
+    """200 while the engine starts, serves or is started again; 503 if that fails repeatedly."""
     state = state_of(request)
-    if not await state.healthy():
-        raise NotReady(state.why_not_ready())
+    if not state.healthy():
+        raise NotReady(state.failure or "the engine does not start")
     return schemas.Status(status="ok")
 
 
 @open_to_all.get("/ready", summary="Can it score?", responses=errors(503))
 async def ready(request: Request) -> schemas.Status:
-    """200 once the engine answers; before that, and after it died, 503."""
+    """200 while the engine answers and the service is not about to stop; else 503."""
+    if state_of(request).draining:
+        raise NotReady("the service is stopping")
     await serving(request)
     return schemas.Status(status="ready")
 
 
-@open_to_all.get("/version", summary="Versions of the parts")
+@told.get("/version", summary="Versions of the parts")
 async def version() -> schemas.Version:
     """What is installed."""
     return schemas.Version(
@@ -99,10 +113,9 @@ async def version() -> schemas.Version:
     )
 
 
-@open_to_all.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def prometheus(request: Request) -> Response:
+@told.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def prometheus() -> Response:
     """Prometheus text format."""
-    await state_of(request).healthy()  # brings demur_ready up to date
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

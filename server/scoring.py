@@ -18,10 +18,13 @@ from drafts.aggregate import aggregate
 from drafts.scores import TokenScores
 from drafts.spans import Span, find_spans
 from drafts.text import EncodedText
-from server import metrics, schemas
+from server import metrics, schemas, tracing
+from server.admission import Admission
+from server.budgets import Budgets
 from server.capture import Capture
 from server.errors import ApiError, DeadlineExceeded, from_validation
 from server.judgement import judge
+from server.keys import Key
 from server.served import Served, told_to_clients
 from server.settings import Settings
 
@@ -31,16 +34,27 @@ logger = logging.getLogger(__name__)
 class Scorer:
     """Scores validated requests with one engine."""
 
-    def __init__(self, served: Served, settings: Settings, capture: Capture | None = None) -> None:
+    def __init__(
+        self,
+        served: Served,
+        settings: Settings,
+        admission: Admission,
+        budgets: Budgets,
+        capture: Capture | None = None,
+    ) -> None:
         self.served = served
         self.settings = settings
+        self.admission = admission
+        self.budgets = budgets
         self.capture = capture
 
-    async def score(self, request: schemas.ScoreRequest) -> schemas.ScoreResponse:
+    async def score(
+        self, request: schemas.ScoreRequest, key: Key | None = None
+    ) -> schemas.ScoreResponse:
         """Score one response within the deadline; `ApiError` says why it could not be."""
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
-                answer = await self._score(request)
+                answer = await self._score(request, key)
         except TimeoutError:
             metrics.ITEMS.labels(DeadlineExceeded.code).inc()
             raise DeadlineExceeded(
@@ -52,11 +66,26 @@ class Scorer:
         metrics.ITEMS.labels("ok").inc()
         return answer
 
-    async def _score(self, request: schemas.ScoreRequest) -> schemas.ScoreResponse:
+    async def _score(self, request: schemas.ScoreRequest, key: Key | None) -> schemas.ScoreResponse:
         self.served.check_model(request.model)
-        with told_to_clients():
-            text = await asyncio.to_thread(self._encode, request)
-            scores = await self.served.engine.score(text.token_ids, text.response_start)
+        with tracing.operation("score", self.served.name) as span:
+            with told_to_clients():
+                with tracing.stage("tokenise"):
+                    text = await asyncio.to_thread(self._encode, request)
+                await self.budgets.tokens(key, len(text.token_ids))
+                with tracing.stage("engine"), self.admission.wait.waits() as first_answer:
+                    scores = await self.served.engine.score(text.token_ids, text.response_start)
+                    first_answer()
+            with tracing.stage("measure"):
+                answer = self._answer(request, text, scores)
+            tracing.describe_score(span, answer)
+        if self.capture is not None and request.store:
+            self.capture.offer(request.conversation, text.token_ids, text.response_start)
+        return answer
+
+    def _answer(
+        self, request: schemas.ScoreRequest, text: EncodedText, scores: TokenScores
+    ) -> schemas.ScoreResponse:
         offsets = [(token.start, token.end) for token in text.tokens]
         spans = find_spans(request.response, offsets, scores.epistemic)
         sequence = aggregate(scores)
@@ -64,8 +93,6 @@ class Scorer:
             self.served, scores, [request.response[a:b] for a, b in offsets], request.asked
         )
         _observe(text, scores, sequence)
-        if self.capture is not None and request.store:
-            self.capture.offer(request.conversation, text.token_ids, text.response_start)
         return schemas.ScoreResponse(
             id=f"score-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -82,7 +109,7 @@ class Scorer:
             usage=usage_out(text.response_start, len(scores)),
         )
 
-    async def score_list(self, items: list[Any]) -> schemas.ScoreList:
+    async def score_list(self, items: list[Any], key: Key | None = None) -> schemas.ScoreList:
         """Score a list; a bad item fails alone."""
         # A bound on each list, so that a long one leaves the engine room for other clients.
         room = asyncio.Semaphore(self.settings.batch_concurrency)
@@ -91,7 +118,8 @@ class Scorer:
             try:
                 request = schemas.ScoreRequest.model_validate(item)
                 async with room:
-                    return schemas.ScoreListItem(index=index, score=await self.score(request))
+                    score = await self.score(request, key)
+                return schemas.ScoreListItem(index=index, score=score)
             except ValidationError as error:
                 failure: ApiError = from_validation(error)
                 metrics.ITEMS.labels(failure.code).inc()

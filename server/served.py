@@ -32,6 +32,12 @@ class Served:
     def __post_init__(self) -> None:
         self._calibrations[self.engine.weights_version] = self.calibration
 
+    def replace(self, engine: ServingEngine) -> None:
+        """Go on with another engine of the same ensemble, after this one has failed."""
+        self.engine = engine
+        # It begins with the version that the service began with.
+        self.calibrate(engine.weights_version, self.calibration)
+
     def calibrate(self, weights_version: str, calibration: Calibration | None) -> None:
         """From a version on, its calibration counts; None: it gives no probability."""
         serving = self.engine.weights_version

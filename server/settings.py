@@ -5,7 +5,9 @@ The file is `demur.toml` in the working folder, or whatever `DEMUR_CONFIG` names
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,8 @@ from drafts.init import default_folder
 from drafts.launch import EngineConfig
 from drafts.shipped import REFERENCE_NAME
 
+_NO_HASH = re.compile(r"sha256:(?![0-9a-f]{64}$)")
+
 
 class Settings(BaseSettings, EngineConfig):
     """Every setting, the engine's included; unknown keys in the file are refused."""
@@ -35,14 +39,27 @@ class Settings(BaseSettings, EngineConfig):
     ensemble: Path = Field(default_factory=default_folder, description="folder with demur.json")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    keys_file: Path | None = Field(
+        default=None, description="hashed keys with scopes and budgets, as `demur keys` writes them"
+    )
     api_keys: list[SecretStr] = Field(
-        default=[], description="bearer keys that may score; none means that everybody may"
+        default=[], description="keys that may score and generate, plain or as sha256:<hash>"
     )
     admin_keys: list[SecretStr] = Field(
-        default=[], description="bearer keys that may see and change the drafts too"
+        default=[], description="keys that may see and change the drafts too"
+    )
+    allow_no_keys: bool = Field(
+        default=False, description="serve whoever reaches it, on a public address too"
+    )
+    budgets_store: str | None = Field(
+        default=None, description="redis:// URL by which several services share keys' budgets"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
 
+    max_connections: int = Field(default=4096, gt=0, description="open ones; more are closed")
+    header_timeout_s: float = Field(default=10.0, gt=0, description="to send a request's headers")
+    body_timeout_s: float = Field(default=60.0, gt=0, description="to send a body; then a 408")
     max_body_bytes: int = Field(default=4 * 2**20, gt=0, description="a larger body gets a 413")
     max_batch_items: int = Field(default=1000, gt=0, description="items of one list")
     batch_concurrency: int = Field(
@@ -52,7 +69,16 @@ class Settings(BaseSettings, EngineConfig):
         default=2000, gt=0, description="items waiting or under way; beyond it a 429"
     )
     request_timeout_s: float = Field(default=300.0, gt=0, description="an item's deadline")
+    drain_s: float = Field(
+        default=2.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="after SIGTERM, how long /ready says 503 before connections are refused",
+    )
     shutdown_grace_s: int = Field(default=30, ge=0, description="wait for requests under way")
+    engine_hang_s: float = Field(
+        default=60.0, gt=0, description="an engine that is silent for so long is started again"
+    )
 
     osd: Literal["off", "capture", "train"] = Field(
         default="off",
@@ -108,6 +134,8 @@ class Settings(BaseSettings, EngineConfig):
         # An empty one, as an unset variable leaves it, would fit a request without any key.
         if any(not key.get_secret_value().strip() for key in keys):
             raise ValueError("a key is empty")
+        if any(_NO_HASH.match(key.get_secret_value()) for key in keys):
+            raise ValueError("what follows sha256: must be 64 hex digits, in lower case")
         return keys
 
     @field_validator("log_level", mode="before")
@@ -120,6 +148,21 @@ class Settings(BaseSettings, EngineConfig):
         if self.max_batch_items > self.max_pending:
             raise ValueError("max_batch_items is over max_pending: a full list would never fit")
         return self
+
+    @property
+    def has_keys(self) -> bool:
+        """Is anything guarded?"""
+        return bool(self.api_keys or self.admin_keys or self.keys_file)
+
+    def check_reachable(self) -> None:
+        """Raise `ValueError` if others could reach the service, and nothing asks who they are."""
+        if self.has_keys or self.allow_no_keys or is_loopback(self.host):
+            return
+        raise ValueError(
+            f"host {self.host} can be reached from other machines and no keys are set: make some "
+            "with `demur keys NAME --file keys.toml` and set keys_file, listen on 127.0.0.1, or "
+            "set allow_no_keys"
+        )
 
     @property
     def osd_place(self) -> Path:
@@ -147,6 +190,14 @@ class Settings(BaseSettings, EngineConfig):
     def engine_config(self) -> EngineConfig:
         """The engine's part of the settings."""
         return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+
+
+def is_loopback(host: str) -> bool:
+    """Does only this machine reach it?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read_settings(**given: Any) -> Settings:
