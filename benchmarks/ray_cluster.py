@@ -44,7 +44,7 @@ class Cluster:
     def replicas(self) -> dict[str, str]:
         """The version that each replica serves with, by the time at which its process began."""
         found = {}
-        for _ in range(40):  # each time another replica may answer
+        for _ in range(20):  # each time another replica may answer
             answer = httpx.get(f"{self.url}/metrics", timeout=60).raise_for_status()
             lines = dict(
                 line.rsplit(" ", 1) for line in answer.text.splitlines() if line[:1] != "#"

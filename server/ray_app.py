@@ -9,10 +9,10 @@ are read once, where the application is built. Serve's proxies listen, so `host`
 uvicorn is told (`max_connections`, `header_timeout_s`) have no meaning here.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: Serve reads the builders' own to parse their arguments.
 import asyncio
 from importlib import metadata
+from typing import Self
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -54,7 +54,7 @@ class Scale(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _ordered(self) -> Scale:
+    def _ordered(self) -> Self:
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas is less than min_replicas")
         return self

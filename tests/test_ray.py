@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 from ray_cluster import Cluster, cluster
 
@@ -134,14 +135,20 @@ def test_what_replicas_cannot_share_is_refused(
         ray_app.checked(Settings(ensemble=tmp_path, **settings))
 
 
-def test_the_example_fits_the_builders() -> None:
+def test_the_example_fits_the_builders(monkeypatch: pytest.MonkeyPatch) -> None:
     example = yaml.safe_load(Path("docker/ray.yaml").read_text())
     ServeDeploySchema.model_validate(example)
     service, trainer = example["applications"]
     assert service["import_path"] == "server.ray_app:app"
     assert trainer["import_path"] == "server.ray_app:trainer"
-    ray_app.Scale(**service["args"])
-    ray_app.TrainerPlace(**trainer["args"])
-    given = service["runtime_env"]["env_vars"]
-    names = {name.removeprefix("DEMUR_").lower(): value for name, value in given.items()}
-    ray_app.checked(Settings(**names))
+    for name, value in service["runtime_env"]["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    # As Serve does with what a command line or a file gives.
+    built = [
+        call_user_app_builder_with_args_if_necessary(builder, application["args"])
+        for builder, application in ((ray_app.app, service), (ray_app.trainer, trainer))
+    ]
+    deployments = [application._bound_deployment for application in built]
+    assert [deployment.name for deployment in deployments] == ["demur", "trainer"]
+    scaling = deployments[0]._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 8)
