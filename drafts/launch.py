@@ -107,6 +107,9 @@ def build(ensemble: Ensemble, config: EngineConfig) -> Any:
         logits_processors=["drafts.vllm_model:MaskMetricColumns"],
         worker_extension_cls="drafts.vllm_model.SwapDrafts",
         generation_config="vllm",
+        # Never pickles, never code of a model's folder.
+        load_format="safetensors",
+        trust_remote_code=False,
         enable_log_requests=False,
     )
     try:

@@ -111,7 +111,11 @@ def open_teacher(
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            target, dtype=getattr(torch, dtype), local_files_only=True
+            target,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         ).to(device)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"the target in {target} cannot be loaded ({error})") from error

@@ -56,7 +56,11 @@ def load_target(path: Path) -> Teacher:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16, local_files_only=True
+            path,
+            dtype=torch.bfloat16,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         posterior = WeightPosterior(model, PosteriorConfig(), cache=default_folder().parent / "svd")
     except (OSError, ValueError) as error:

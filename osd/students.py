@@ -287,7 +287,13 @@ def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     # Float32 master weights; autocast narrows them for the forward pass.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
     model.config.use_cache = False
     return model
 
@@ -296,8 +302,10 @@ def _load_exit(folder: Path) -> Any:
     """The layers and norm of an `exit` checkpoint; it has no embedding and no head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, use_cache=False)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, use_cache=False, trust_remote_code=False
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.base_model.embed_tokens = nn.Identity()
     model.lm_head = nn.Identity()
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)

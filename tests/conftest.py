@@ -60,7 +60,7 @@ async def run_service(encoder: TextEncoder, **settings: Any) -> AsyncIterator[Se
         while app.state.demur.serving is None:
             await asyncio.sleep(0)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://demur") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield Service(client, engine, app)
 
 

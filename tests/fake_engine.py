@@ -30,6 +30,7 @@ class FakeEngine:
         self.most_running = 0
         self.release = asyncio.Event()
         self.release.set()
+        self.aborted = asyncio.Event()
         # What it generates, over and over until max_new_tokens; END ends it.
         self.answer = [40, 41, 42, END]
         self.per_step = 1
@@ -89,6 +90,15 @@ class FakeEngine:
         if not self.alive:
             raise EngineNotReady("the engine has died; restart the service")
 
+    async def ping(self, within_s: float) -> None:
+        await self.check_health()
+
+    async def abort_all(self) -> None:
+        self.aborted.set()
+
+    async def kill(self) -> None:
+        self.alive = False
+
     async def shutdown(self) -> None:
         self.alive = False
 
@@ -97,7 +107,7 @@ class FakeEngine:
         self.running += 1
         self.most_running = max(self.running, self.most_running)
         try:
-            await self.release.wait()
+            await self._released_or_aborted()
             await asyncio.sleep(0)
         except asyncio.CancelledError:
             self.cancelled += 1
@@ -108,6 +118,16 @@ class FakeEngine:
             raise EngineNotReady("the engine has died; restart the service")
         if self.broken_numbers:
             raise NonFiniteError("a forward pass gave NaN or infinity")
+
+    async def _released_or_aborted(self) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.release, self.aborted)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self.aborted.is_set():
+            raise EngineNotReady("the engine is stopping")
 
     def _scores(self, token_ids: Sequence[int]) -> TokenScores:
         x = np.asarray(token_ids, dtype=np.float64) % 7 + 1

@@ -185,7 +185,7 @@ async def test_a_damaged_calibration_is_no_service(encoder: TextEncoder, tmp_pat
     async with app.router.lifespan_context(app):
         await asyncio.wait_for(failed.wait(), 5)
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://demur") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             told = error_of(await client.get("/ready"), 503)["message"]
     assert str(tmp_path / CALIBRATION_NAME) in told
     assert "demur calibrate" in told

@@ -59,7 +59,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(
-            transport=transport, base_url="http://demur", timeout=600
+            transport=transport, base_url="http://localhost", timeout=600
         ) as client:
             while (answer := await client.get("/ready")).status_code != 200:
                 assert (await client.get("/health")).status_code == 200, answer.text

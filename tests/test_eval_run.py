@@ -607,7 +607,7 @@ class Line:
             return answer
 
         transport = httpx.MockTransport(handle)
-        async with AsyncClient("http://demur", transport=transport, max_retries=0) as client:
+        async with AsyncClient("http://localhost", transport=transport, max_retries=0) as client:
             return await asking.ask(client, GSM8K, GSM8K.questions("gsm8k")[0], Asking())
 
 

@@ -322,7 +322,7 @@ async def test_not_ready_while_starting_and_after_a_failed_start(encoder: TextEn
     app = create_app(Settings(ensemble=Path("unused")), start, failed.set)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://demur") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             starting = await client.get("/ready")
             assert "starting" in error_of(starting, 503)["message"]
             assert starting.headers["Retry-After"]
