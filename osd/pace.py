@@ -6,10 +6,12 @@ The service writes how many requests it has under way into a file (`Load`), and 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,9 +31,13 @@ class Load:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / str(os.getpid())
-        self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
+        self._path = folder / uuid.uuid4().hex
+        unlocked = self._path.with_suffix(".new")
+        self._file = os.open(unlocked, os.O_CREAT | os.O_RDWR, 0o644)
+        # Held for as long as this process lives; in another container its number means nothing.
+        fcntl.flock(self._file, fcntl.LOCK_EX)
         self.tell(0)
+        unlocked.rename(self._path)
 
     def tell(self, pending: int) -> None:
         """Write how many requests are under way."""
@@ -45,15 +51,20 @@ class Load:
 
 def is_busy(folder: Path) -> bool:
     """Whether a process that told its load to a folder, and still lives, has requests under way."""
-    for file in folder.glob("*"):
-        try:
-            pending = int.from_bytes(file.read_bytes(), "little")
-        except FileNotFoundError:  # it has ended
-            continue
-        if not Path("/proc", file.name).exists():
-            file.unlink(missing_ok=True)  # it was killed; another could get its number
-        elif pending:
-            return True
+    return any(_is_busy(file) for file in folder.glob("*") if file.suffix != ".new")
+
+
+def _is_busy(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            pending = int.from_bytes(file.read(8), "little")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # it lives
+                return pending > 0
+            path.unlink(missing_ok=True)  # it was killed
+    except FileNotFoundError:  # it has ended
+        pass
     return False
 
 

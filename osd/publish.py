@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def first_version(store: DraftsStore, ensemble: Ensemble, work: Path) -> Version
     except StoreError:
         if store.versions():  # there is one, and something else is wrong
             raise
-    staged = work / "first"
+    staged = work / f"first-{uuid.uuid4().hex}"  # of replicas on one machine, each its own
     stage(ensemble, staged)
     try:
         version = store.publish(staged, about={"made by": "the ensemble that the service has"})

@@ -42,7 +42,7 @@ class Budgets:
         self._away_until = 0.0
         if url is not None:
             storage = RedisStorage(
-                url,
+                f"redis+{url}" if url.startswith("unix:") else url,  # as `limits` writes it
                 wrap_exceptions=True,
                 implementation="redispy",
                 key_prefix="demur-budgets",

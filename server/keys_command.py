@@ -56,9 +56,8 @@ def keys(
 
 def _scopes(given: list[str]) -> frozenset[Scope]:
     if unknown := set(given) - set(get_args(Scope)):
-        raise ValueError(
-            f"there is no scope {', '.join(sorted(unknown))}; there are {', '.join(get_args(Scope))}"
-        )
+        known = ", ".join(get_args(Scope))
+        raise ValueError(f"there is no scope {', '.join(sorted(unknown))}; there are {known}")
     return frozenset(cast(list[Scope], given))
 
 

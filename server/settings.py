@@ -138,6 +138,13 @@ class Settings(BaseSettings, EngineConfig):
             raise ValueError("what follows sha256: must be 64 hex digits, in lower case")
         return keys
 
+    @field_validator("budgets_store")
+    @classmethod
+    def _is_redis(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("a redis://, rediss:// or unix:// URL is needed")
+        return url
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _lower_case(cls, level: Any) -> Any:

@@ -21,7 +21,7 @@ from importlib import metadata
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
@@ -40,7 +40,6 @@ def configure_tracing() -> Callable[[], None]:
     """Send traces to where the environment says, if it does; what is returned sends the last."""
     if not any(os.environ.get(name) for name in _ENDPOINTS):
         return lambda: None
-    # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go over this.
     provider = TracerProvider(resource=_resource())
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
@@ -48,9 +47,8 @@ def configure_tracing() -> Callable[[], None]:
 
 
 def _resource() -> Resource:
-    own = Resource({"service.name": "demur", "service.version": metadata.version("demur-server")})
-    named = os.environ.get("OTEL_SERVICE_NAME") or os.environ.get("OTEL_RESOURCE_ATTRIBUTES")
-    return own.merge(Resource.create()) if named else Resource.create(dict(own.attributes))
+    own = {"service.name": "demur", "service.version": metadata.version("demur-server")}
+    return Resource.create(own | dict(OTELResourceDetector().detect().attributes))
 
 
 @contextmanager

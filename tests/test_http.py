@@ -279,15 +279,6 @@ async def test_a_list_for_a_dead_engine_is_refused_whole(service: Service) -> No
     assert answer.headers["Retry-After"]
 
 
-async def test_a_dead_engine(service: Service) -> None:
-    assert (await service.client.get("/ready")).json() == {"status": "ready"}
-    service.engine.alive = False
-    assert "Retry-After" in (await service.score(**GOOD)).headers
-    error_of(await service.score(**GOOD), 503)
-    error_of(await service.client.get("/ready"), 503)
-    error_of(await service.client.get("/health"), 503)
-
-
 async def test_broken_numbers_are_an_error_and_not_json_nan(service: Service) -> None:
     service.engine.broken_numbers = True
     assert error_of(await service.score(**GOOD), 500)["code"] == "not_finite"

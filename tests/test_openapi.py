@@ -17,6 +17,7 @@ from server.settings import Settings
 from tests.fake_engine import FakeEngine
 
 POSITIVE, NEGATIVE = schemathesis.GenerationMode
+KEY = {"Authorization": "Bearer key"}
 CHECKED_IN = Path(__file__).parents[1] / "docs/openapi.json"
 
 
@@ -39,12 +40,12 @@ def test_anything_gets_a_documented_answer(encoder: TextEncoder) -> None:
     async def start(_: Settings) -> tuple[str, FakeEngine, TextEncoder]:
         return "tiny", FakeEngine(), encoder
 
-    app = create_app(Settings(ensemble=Path("unused"), api_keys=["key"]), start)
+    app = create_app(Settings(ensemble=Path("unused"), admin_keys=["key"]), start)
     load_all_checks()
     with TestClient(app) as client:
         while client.get("/ready").status_code != 200:
             pass
-        schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+        schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers=KEY)
         tried = []
         for result in schema.get_all_operations():
             operation = result.ok()
@@ -60,13 +61,12 @@ def test_anything_gets_a_documented_answer(encoder: TextEncoder) -> None:
 
 def _send(operation: Any, mode: schemathesis.GenerationMode) -> None:
     @given(case=operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
     def run(case: schemathesis.Case) -> None:
         # A bad item of a list is answered in the list, with a 200.
         assume(not (mode is NEGATIVE and isinstance(case.body, list)))
         # The document cannot say all that a text must be, and 405 is the framework's.
         excluded = CHECKS.get_by_names(["positive_data_acceptance", "unsupported_method"])
-        headers = {"Authorization": "Bearer key"}
-        case.call_and_validate(excluded_checks=excluded, headers=headers)
+        case.call_and_validate(excluded_checks=excluded, headers=KEY)
 
     run()
