@@ -148,7 +148,11 @@ def training(
 
 
 async def closed_loop(
-    url: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    clients: int,
+    seconds: float,
+    headers: dict[str, str] | None = None,
 ) -> tuple[list[float], list[int], float]:
     """So many clients score texts one after the other; none begins a request after so long.
 
@@ -160,7 +164,7 @@ async def closed_loop(
     turn = iter(bodies)
     started = time.monotonic()
     until = started + seconds
-    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=300, headers=headers) as client:
 
         async def run() -> None:
             while time.monotonic() < until:
