@@ -95,27 +95,34 @@ def open_loop(
     """What k6 tells of each request."""
     rate = round(60 * capacity)
     most = round(arguments.times * rate)
+    stages = [
+        {"target": max(rate // 4, 1), "duration": "1s"},
+        {"target": most, "duration": f"{arguments.ramp_s}s"},
+        {"target": most, "duration": f"{arguments.hold_s}s"},
+    ]
+    # Enough for all that wait, if each waits for the deadline.
+    clients = round(2 * arguments.times * capacity * DEADLINE_S)
+    return run_k6(service.url, bodies, stages, clients, folder)
+
+
+def run_k6(
+    url: str,
+    bodies: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
+    clients: int,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Send texts at the rates of the stages (requests a minute); what k6 tells of each."""
     texts, log = folder / "texts.json", folder / "k6.log"
     texts.write_text(json.dumps(bodies))
-    plan = {
-        "name": "load",
-        "url": service.url,
-        "key": "load",
-        # Enough for all that wait, if each waits for the deadline.
-        "clients": round(2 * arguments.times * capacity * DEADLINE_S),
-        "stages": [
-            {"target": max(rate // 4, 1), "duration": "1s"},
-            {"target": most, "duration": f"{arguments.ramp_s}s"},
-            {"target": most, "duration": f"{arguments.hold_s}s"},
-        ],
-    }
+    plan = {"name": "load", "url": url, "key": "load", "clients": clients, "stages": stages}
     command = [
         str(Path(sys.executable).with_name("k6")),
         *("run", "--quiet", "--no-usage-report", "--no-summary", "--log-format", "raw"),
         *("--log-output", f"file={log}", "--env", f"PLAN={json.dumps(plan)}"),
         *("--env", f"TEXTS={texts}", str(Path(__file__).with_name("load.js"))),
     ]
-    print("open loop: " + json.dumps(plan["stages"]), flush=True)
+    print("open loop: " + json.dumps(stages), flush=True)
     subprocess.run(command, check=True)
     records = []
     for line in log.read_text().splitlines():

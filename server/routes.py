@@ -97,7 +97,7 @@ async def health(request: Request) -> schemas.Status:
 async def ready(request: Request) -> schemas.Status:
     """200 while the engine answers and the service is not about to stop; else 503."""
     if state_of(request).draining:
-        raise NotReady("the service is stopping")
+        raise NotReady("the service is stopping", retry_after_s=5)
     await serving(request)
     return schemas.Status(status="ready")
 
