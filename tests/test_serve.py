@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.serving import Running, demur, serving
+from tests.serving import Running, demur, gauge, serving
 from tests.test_http import BAD, RAW
 
 pytestmark = pytest.mark.engine
@@ -25,7 +25,7 @@ GOOD = {"prompt": "The capital of Japan is", "response": " Tokyo."}
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("serve")) as running:
+    with serving(tmp_path_factory.mktemp("serve"), engine_hang_s="10") as running:
         yield running
 
 
@@ -73,6 +73,42 @@ async def test_clients_that_hang_up_free_their_places(running: Running) -> None:
             await asyncio.sleep(0.1)
         assert pending == "demur_pending_items 0.0"
         assert (await client.post("/v1/score", json=GOOD, timeout=30)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("process", "number"),
+    [("VLLM::Worker", signal.SIGKILL), ("VLLM::EngineCore", signal.SIGSTOP)],
+)
+def test_an_engine_that_dies_or_hangs_is_started_again(
+    running: Running, process: str, number: int
+) -> None:
+    """What waits is told so, and afterwards it scores as before."""
+    with httpx.Client(base_url=running.url, timeout=120) as client:
+        before = client.post("/v1/score", json=GOOD).json()
+        failures = gauge(running.url, "demur_engine_failures_total")
+        engine = engine_processes(running)
+        [victim] = [child for child in engine if child.cmdline()[0].startswith(process)]
+        victim.send_signal(number)
+        refused = client.post("/v1/score", json=GOOD)
+        assert refused.status_code == 503, refused.text
+        assert refused.json()["error"]["code"] == "not_ready"
+        assert int(refused.headers["Retry-After"]) > 0
+        assert client.get("/health").status_code == 200
+        while client.get("/ready").status_code != 200:
+            assert running.process.poll() is None, running.log.read_text()
+            time.sleep(0.1)
+        after = client.post("/v1/score", json=GOOD).json()
+        assert after["tokens"] == before["tokens"]
+        assert gauge(running.url, "demur_engine_failures_total") == failures + 1
+        assert "vllm:" in client.get("/metrics").text
+    _, left = psutil.wait_procs(engine, timeout=30)
+    assert not left, f"processes of the old engine are there still: {left}"
+    assert len(engine_processes(running)) == len(engine)
+
+
+def engine_processes(running: Running) -> list[psutil.Process]:
+    children = psutil.Process(running.process.pid).children(recursive=True)
+    return [child for child in children if "".join(child.cmdline()[:1]).startswith("VLLM::")]
 
 
 def test_the_command_line_scores(running: Running) -> None:
