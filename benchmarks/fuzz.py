@@ -124,30 +124,15 @@ GOOD = {"prompt": "The capital of Japan is", "response": " Tokyo."}
 
 
 def from_the_document(service: Service, cases: int) -> tuple[int, int]:
-    """How many cases Schemathesis tried, and how many answers the document does not know."""
+    """How many cases Schemathesis tried, and how many routes gave answers the document lacks."""
     load_all_checks()
-    # The document cannot say all that a text must be, and 405 is the framework's.
-    excluded = CHECKS.get_by_names(["positive_data_acceptance", "unsupported_method"])
     schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json", headers=KEY)
     tried = wrong = 0
     for result in schema.get_all_operations():
         operation = result.ok()
         for mode in schemathesis.GenerationMode:
-
-            @given(case=operation.as_strategy(generation_mode=mode))
-            @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck))
-            def run(
-                case: schemathesis.Case,
-                negative: bool = mode is schemathesis.GenerationMode.NEGATIVE,
-            ) -> None:
-                nonlocal tried
-                # A bad item of a list is answered in the list, with a 200.
-                assume(not (negative and isinstance(case.body, list)))
-                tried += 1
-                case.call_and_validate(excluded_checks=excluded, headers=KEY)
-
             try:
-                run()
+                tried += try_cases(operation, mode, cases)
             except Unsatisfiable:
                 continue  # a route without input has no invalid input
             except Exception as error:  # noqa: BLE001 - whatever a check raises is a finding
@@ -155,6 +140,26 @@ def from_the_document(service: Service, cases: int) -> tuple[int, int]:
                 print(f"{operation.label}: {error}", flush=True)
         print(f"{operation.label}: {tried} cases so far", flush=True)
     return tried, wrong
+
+
+def try_cases(operation: Any, mode: schemathesis.GenerationMode, cases: int) -> int:
+    """Send cases of a route and mode; raises what a check finds."""
+    # The document cannot say all that a text must be, and 405 is the framework's.
+    excluded = CHECKS.get_by_names(["positive_data_acceptance", "unsupported_method"])
+    tried = 0
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck))
+    def run(case: schemathesis.Case) -> None:
+        nonlocal tried
+        # A bad item of a list is answered in the list, with a 200.
+        negative = mode is schemathesis.GenerationMode.NEGATIVE
+        assume(not (negative and isinstance(case.body, list)))
+        tried += 1
+        case.call_and_validate(excluded_checks=excluded, headers=KEY)
+
+    run()
+    return tried
 
 
 async def hostile_round(service: Service, turn: int) -> Counter[str]:
@@ -173,7 +178,8 @@ async def hostile_round(service: Service, turn: int) -> Counter[str]:
                     headers = {"Content-Type": "application/json"}
                     answer = await client.post(path, content=body, headers=headers)
                     statuses[str(answer.status_code)] += 1
-                    answer.json()  # every answer is one that a client can read
+                    if "json" in answer.headers["content-type"]:
+                        answer.json()  # every answer is one that a client can read
 
         async def break_off() -> None:
             with suppress(httpx.TimeoutException):
