@@ -249,7 +249,7 @@ class Run:
         return {
             "not ready after, s": round(unready, 2),
             "ended after, s": round(took, 1),
-            "happened": f"the process ended by signal {-status}",
+            "happened": f"the process ended with status {status}",
         }
 
     def books(self) -> dict[str, int]:

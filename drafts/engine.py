@@ -35,6 +35,7 @@ from drafts.weights import check_shapes, check_target
 __all__ = ["Engine", "EngineConfig"]
 
 DEAD = "the engine has died"
+STOPPING = "the engine is stopping"
 _RESET_WITHIN_S = 30
 _LOOK_EVERY_S = 1.0
 # A swap reads all weights of the drafts, and keeps the workers from answering meanwhile.
@@ -60,6 +61,7 @@ class Engine:
         self._one_swap = asyncio.Lock()
         self._under_way: set[str] = set()
         self._swapping: asyncio.Task[None] | None = None
+        self._loading = False  # the workers read weights, and answer nothing else meanwhile
         self._broken: str | None = None
         self.n_drafts = len(ensemble.members)
         # vLLM samples one token after the text, which needs a place too.
@@ -207,7 +209,7 @@ class Engine:
             finally:
                 self._under_way.discard(request_id)
         if not finished:
-            raise EngineNotReady("the engine is stopping")
+            raise EngineNotReady(STOPPING)
 
     async def swap(self, folder: Path, target_path: Path | None = None) -> None:
         """Serve with the drafts' weights of another version of this ensemble, from now on.
@@ -248,6 +250,7 @@ class Engine:
             await stack.enter_async_context(self._gates[slot].alone())
             await self.check_health()
             self._held[slot] = None
+            self._loading = True
             try:
                 problems = await self._call_workers(
                     "swap_drafts", str(ensemble.folder), str(ensemble.target_path), slot
@@ -261,11 +264,13 @@ class Engine:
             except WeightsError:
                 raise
             except Exception as error:
-                if len(self._gates) > 1 and not self._llm.errored:
+                if len(self._gates) > 1 and self._llm is not None and not self._llm.errored:
                     # Only the slot that nobody uses is in an unknown state.
                     raise WeightsError(f"a swap of weights failed half-way ({error})") from error
-                self._broken = f"a swap of weights failed half-way ({error})"
+                self._broken = self._broken or f"a swap of weights failed half-way ({error})"
                 raise EngineNotReady(self._broken) from error
+            finally:
+                self._loading = False
             self._versions[slot] = ensemble.manifest.weights_version
             self._held[slot] = ensemble.folder
             self._ensemble, self._slot = ensemble, slot
@@ -282,10 +287,11 @@ class Engine:
         call = asyncio.ensure_future(
             core.call_utility_all_async("collective_rpc", method, None, arguments, None)
         )
-        while not (await asyncio.wait({call}, timeout=_LOOK_EVERY_S))[0]:
-            if self._llm.errored:
-                call.cancel()
-                raise EngineNotReady(DEAD)
+        try:
+            while not (await asyncio.wait({call}, timeout=_LOOK_EVERY_S))[0]:
+                await self.check_health()
+        finally:
+            call.cancel()
         return [answer for workers in call.result() for answer in workers]
 
     async def _forget_prefixes(self) -> None:
@@ -314,16 +320,21 @@ class Engine:
             EngineNotReady: if the engine is dead, has been shut down, or does not answer.
         """
         await self.check_health()
-        within_s = max(within_s, _SWAP_WITHIN_S) if self._one_swap.locked() else within_s
+        within_s = max(within_s, _SWAP_WITHIN_S) if self._loading else within_s
         try:
             async with asyncio.timeout(within_s):
                 await self._call_workers("ping")
         except TimeoutError:
             raise EngineNotReady(f"the engine has not answered for {within_s:g} s") from None
+        except EngineNotReady:
+            raise
+        except Exception as error:  # vLLM's of a worker that dies meanwhile are of many kinds
+            raise EngineNotReady(f"the engine does not answer ({error})") from error
 
     async def abort_all(self) -> None:
-        """End what is under way; it fails with `EngineNotReady`."""
+        """End what is under way, and begin nothing more; all fails with `EngineNotReady`."""
         await self.check_health()
+        self._broken = STOPPING
         await self._llm.abort(list(self._under_way))
 
     async def kill(self) -> None:
@@ -331,10 +342,14 @@ class Engine:
 
         Requests under way fail with `EngineNotReady`.
         """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         self._broken = self._broken or DEAD
         await asyncio.to_thread(self._processes.kill)
         llm, self._llm = self._llm, None
         if llm is not None:
+            # vLLM tells those who wait only if its own watch is faster than its shutdown.
+            llm.output_processor.propagate_error(EngineDeadError())
             llm.shutdown()
             llm.shutdown = lambda: None  # see `shutdown`
 

@@ -70,10 +70,17 @@ class EngineConfig(BaseModel):
         return self.tensor_parallel_size * self.data_parallel_size
 
 
-def abandon_start() -> None:
-    """Make an `Engine.start` under way fail soon, by ending the processes that it has begun."""
+def abandon_start(*, kill: bool = False) -> None:
+    """Make an `Engine.start` under way fail soon, by ending the processes that it has begun.
+
+    Args:
+        kill: also those that do not hear SIGTERM.
+    """
     for process in multiprocessing.active_children():
-        process.terminate()
+        if kill:
+            process.kill()
+        else:
+            process.terminate()
 
 
 def build(ensemble: Ensemble, config: EngineConfig) -> Any:

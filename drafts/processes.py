@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 
 import psutil
 
@@ -14,20 +15,27 @@ class Processes:
     """Those that this process has started since, and all below them."""
 
     def __init__(self) -> None:
-        self._before = {child.pid for child in multiprocessing.active_children()}
-        self._found: list[psutil.Process] = []
+        self._before = set(multiprocessing.active_children())
+        self._children: list[BaseProcess] = []
+        self._below: list[psutil.Process] = []
 
     def remember(self) -> None:
         """Look them up while all are there: a worker whose parent has died is nobody's child."""
-        for child in multiprocessing.active_children():
-            if child.pid not in self._before:
-                with suppress(psutil.NoSuchProcess):
-                    process = psutil.Process(child.pid)
-                    self._found += [process, *process.children(recursive=True)]
+        self._children = [
+            child for child in multiprocessing.active_children() if child not in self._before
+        ]
+        for child in self._children:
+            with suppress(psutil.NoSuchProcess):
+                self._below += psutil.Process(child.pid).children(recursive=True)
 
     def kill(self) -> None:
         """SIGKILL, which a process that is stopped gets too. Waits until they are gone."""
-        for process in self._found:
+        for child in self._children:
+            child.kill()
+        for process in self._below:
             with suppress(psutil.NoSuchProcess):
                 process.kill()  # it checks that the id was not given to another process since
-        psutil.wait_procs(self._found, timeout=_WITHIN_S)
+        # By multiprocessing, which keeps books of its children, and by psutil for theirs.
+        for child in self._children:
+            child.join(_WITHIN_S)
+        psutil.wait_procs(self._below, timeout=_WITHIN_S)

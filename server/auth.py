@@ -76,7 +76,7 @@ def _authorise(state: State, request: Request, needed: Scope | None) -> Key | No
 def _refuse_other_sites(state: State, request: Request, needed: Scope | None) -> None:
     """Without keys, what keeps a page that a browser on this machine shows from asking here."""
     host = request.headers.get("host", "")
-    name = urlsplit(f"//{host}").hostname or ""
+    name = _name_of(f"//{host}")
     # A name that is not ours may be another site's that has been made to lead here.
     if not (state.settings.allow_no_keys or _is_here(name) or name == state.settings.host):
         raise BadRequest(
@@ -85,11 +85,18 @@ def _refuse_other_sites(state: State, request: Request, needed: Scope | None) ->
             code="unknown_host",
         )
     origin = request.headers.get("origin")
-    if needed == "admin" and origin is not None and urlsplit(origin).netloc != host:
+    if needed == "admin" and origin is not None and origin.partition("://")[2] != host:
         raise Forbidden(
             f"pages of {origin} may not administer this service: set keys",
             code="foreign_origin",
         )
+
+
+def _name_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError as error:
+        raise BadRequest(f"the Host header cannot be read: {error}", code="unknown_host") from error
 
 
 def _is_here(name: str) -> bool:

@@ -88,6 +88,8 @@ class Budgets:
             try:
                 return await getattr(self._shared, method)(*arguments, **named)
             except StorageError as error:
+                if time.monotonic() < self._away_until:  # another request has told it
+                    return await getattr(self._here, method)(*arguments, **named)
                 self._away_until = time.monotonic() + _AGAIN_S
                 logger.error(
                     "budgets cannot be shared (%s); counting here for %g s",

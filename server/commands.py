@@ -59,8 +59,7 @@ def serve(
     except (ValueError, DraftsError, OsdError) as error:  # pydantic's, TOML's and ours
         _fail(error)
     configure_logging(settings.log_level, settings.log_format)
-    send_last_traces = configure_tracing()
-    server = listening_server(app, settings)
+    server = listening_server(app, settings, at_end=configure_tracing())
     # Before the engine is loaded, which takes long: a port in use ends the process at once.
     try:
         listening = server.config.bind_socket()
@@ -74,10 +73,7 @@ def serve(
         logging.getLogger("server").warning(
             "osd is %s: conversations are kept, but those with `store: false`", settings.osd
         )
-    try:
-        server.run(sockets=[listening])
-    finally:
-        send_last_traces()
+    server.run(sockets=[listening])
     if failed or not server.started:
         sys.exit(1)
 

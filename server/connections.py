@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # After the requests that did not end by themselves were cut off: to tell their clients.
 _TELL_S = 5
+_MAX_HEADER_BYTES = 64 * 2**10
 
 
 def protocol(settings: Settings) -> type[HttpToolsProtocol]:
@@ -26,6 +28,7 @@ def protocol(settings: Settings) -> type[HttpToolsProtocol]:
 
     class BoundedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
+        _header_bytes = 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -38,17 +41,23 @@ def protocol(settings: Settings) -> type[HttpToolsProtocol]:
             self._headers_came()
             super().connection_lost(exc)
 
-        def on_message_begin(self) -> None:
-            # The next request of a connection; between two, uvicorn's keep-alive timeout holds.
-            if self._deadline is None:
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+                # The next request of a connection, or what is left of a body that nobody wants:
+                # any byte has ended uvicorn's keep-alive timeout.
                 self._expect_headers()
-            super().on_message_begin()
+            elif self._deadline is not None:
+                self._header_bytes += len(data)
+                if self._header_bytes > _MAX_HEADER_BYTES:
+                    self.transport.abort()
 
         def on_headers_complete(self) -> None:
             self._headers_came()
             super().on_headers_complete()
 
         def _expect_headers(self) -> None:
+            self._header_bytes = 0
             self._deadline = self.loop.call_later(settings.header_timeout_s, self.transport.abort)
 
         def _headers_came(self) -> None:
@@ -67,8 +76,15 @@ class DrainingServer(uvicorn.Server):
     `shutdown_grace_s`; what does not is told so. SIGINT, or a second SIGTERM: no wait at first.
     """
 
-    def __init__(self, config: uvicorn.Config, settings: Settings, state: State) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        settings: Settings,
+        state: State,
+        at_end: Callable[[], None],
+    ) -> None:
         super().__init__(config)
+        self._at_end = at_end
         self._settings = settings
         self._state = state
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,6 +92,13 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._at_end()
+        # uvicorn would end the process by the signal, and nothing that waits for its end would
+        # run. A stop in order has status 0.
+        self._captured_signals[:] = [s for s in self._captured_signals if s != signal.SIGTERM]
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         again = self._state.draining
@@ -100,8 +123,10 @@ class DrainingServer(uvicorn.Server):
         self._cutting = asyncio.ensure_future(self._state.cut_off())
 
 
-def listening_server(app: FastAPI, settings: Settings) -> DrainingServer:
-    """A server for the app, not running yet."""
+def listening_server(
+    app: FastAPI, settings: Settings, at_end: Callable[[], None] = lambda: None
+) -> DrainingServer:
+    """A server for the app, not running yet; at its end it does one thing more."""
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -114,4 +139,4 @@ def listening_server(app: FastAPI, settings: Settings) -> DrainingServer:
         ws="none",
         timeout_graceful_shutdown=settings.shutdown_grace_s + _TELL_S,
     )
-    return DrainingServer(config, settings, app.state.demur)
+    return DrainingServer(config, settings, app.state.demur, at_end)

@@ -14,9 +14,11 @@ from dataclasses import replace
 from drafts.scores import Generated, Sampling
 from server import metrics, tracing
 from server.admission import Admission
+from server.budgets import Budgets
 from server.capture import Capture
 from server.choice import Choice, Job, Part, Prompt
 from server.errors import ApiError, DeadlineExceeded
+from server.keys import Key
 from server.served import Served, told_to_clients
 from server.settings import Settings
 
@@ -29,14 +31,16 @@ class Generator:
         served: Served,
         settings: Settings,
         admission: Admission,
+        budgets: Budgets,
         capture: Capture | None = None,
     ) -> None:
         self.served = served
         self.settings = settings
         self.admission = admission
+        self.budgets = budgets
         self.capture = capture
 
-    async def run(self, job: Job) -> AsyncGenerator[Part, None]:
+    async def run(self, job: Job, key: Key | None = None) -> AsyncGenerator[Part, None]:
         """The parts of all choices, as they come. Closing it ends what is under way.
 
         Raises:
@@ -44,6 +48,8 @@ class Generator:
         """
         parts: asyncio.Queue[Part | None] = asyncio.Queue()
         with self.admission.take(job.n_choices):
+            # What it may come to, as it is not known yet what it will.
+            await self.budgets.tokens(key, job.most_tokens)
             work = asyncio.create_task(self._work(job, parts))
             try:
                 while (part := await parts.get()) is not None:
@@ -55,18 +61,11 @@ class Generator:
 
     async def _work(self, job: Job, parts: asyncio.Queue[Part | None]) -> None:
         outcome = "cancelled"
-        # A bound on each request, so that one with many choices leaves the engine room for others.
-        room = asyncio.Semaphore(self.settings.batch_concurrency)
         done: list[tuple[Prompt, Choice]] = []
         try:
             with tracing.operation(job.operation, self.served.name) as span:
                 tracing.describe_job(span, job)
-                async with (
-                    asyncio.timeout(self.settings.request_timeout_s),
-                    asyncio.TaskGroup() as group,
-                ):
-                    for index in range(job.n_choices):
-                        group.create_task(self._choice(job, index, parts, room, done))
+                await self._all_choices(job, parts, done)
                 choices = [choice for _, choice in done]
                 tracing.describe_choices(
                     span,
@@ -75,18 +74,31 @@ class Generator:
                 )
             outcome = "ok"
             self._keep(job, done)
+        except Exception as error:
+            outcome = error.code if isinstance(error, ApiError) else ApiError.code
+            raise
+        finally:
+            metrics.ITEMS.labels(outcome).inc(job.n_choices)
+            parts.put_nowait(None)
+
+    async def _all_choices(
+        self, job: Job, parts: asyncio.Queue[Part | None], done: list[tuple[Prompt, Choice]]
+    ) -> None:
+        # A bound on each request, so that one with many choices leaves the engine room for others.
+        room = asyncio.Semaphore(self.settings.batch_concurrency)
+        try:
+            async with (
+                asyncio.timeout(self.settings.request_timeout_s),
+                asyncio.TaskGroup() as group,
+            ):
+                for index in range(job.n_choices):
+                    group.create_task(self._choice(job, index, parts, room, done))
         except TimeoutError:
-            outcome = DeadlineExceeded.code
             raise DeadlineExceeded(
                 f"not generated within {self.settings.request_timeout_s:g} s; ask for fewer tokens"
             ) from None
         except ExceptionGroup as errors:
-            error = errors.exceptions[0]
-            outcome = error.code if isinstance(error, ApiError) else ApiError.code
-            raise error from None
-        finally:
-            metrics.ITEMS.labels(outcome).inc(job.n_choices)
-            parts.put_nowait(None)
+            raise errors.exceptions[0] from None
 
     async def _choice(
         self,

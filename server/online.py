@@ -77,6 +77,8 @@ class Online:
             await self.follower.look(again=True)
         except (OSError, DraftsError) as error:
             logger.error("the drafts store: %s; serving with the ensemble's own drafts", error)
+        except Exception:  # `follow` looks again
+            logger.exception("unexpected error while following the drafts store")
 
     async def end(self) -> None:
         """Stop all parts; what waits for the spool is written."""

@@ -12,7 +12,7 @@ from server import openai_schemas as schemas
 from server.admission import ClientGone, unless_gone
 from server.auth import GenerateRoute, bearer
 from server.choice import Job
-from server.dependencies import errors, key_of, serving, state_of
+from server.dependencies import errors, key_of, serving
 from server.event_stream import EventStream
 from server.jobs import chat_job, completion_job, n_choices
 from server.openai_answers import Answer, ChatAnswer, TextAnswer, events, whole
@@ -73,9 +73,7 @@ async def _respond(
     try:
         with closing(job), serving.generator.admission.take(n_choices(body, serving.settings)):
             answer = contract(serving.served, await unless_gone(request, job))
-        # What it may come to, as it is not known yet what it will.
-        await state_of(request).budgets.tokens(key_of(request), answer.job.most_tokens)
-        parts = serving.generator.run(answer.job)
+        parts = serving.generator.run(answer.job, key_of(request))
         if not body.stream:
             content = await unless_gone(request, whole(answer, parts))
             return Response(content, media_type="application/json")

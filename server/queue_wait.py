@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_REMEMBER_S = 20.0  # of waiting; older observations fade
+_REMEMBER_S = 10.0  # of waiting; older observations fade
 _AT_LEAST = 8  # observations before any estimate is made
 
 

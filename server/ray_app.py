@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.app import create_app
 from server.logs import configure_logging
 from server.settings import Settings, read_settings
+from server.tracing import configure_tracing
 from server.trainer_process import keep_training
 
 _LOOK_EVERY_S = 0.2
@@ -82,6 +83,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         configure_logging(self._settings.log_level, self._settings.log_format)
+        configure_tracing()  # its exporter sends what is left at exit
         self._app = create_app(self._settings)
         self._app.add_middleware(_WithoutRequestId)
         return self._app
@@ -165,7 +167,8 @@ def app(scale: Scale) -> Application:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_S),
         health_check_period_s=_HEALTH_EVERY_S,
         graceful_shutdown_wait_loop_s=1.0,
-        # No request lives longer, so that the app always comes to its end before Serve kills it.
+        # No item lives longer, so that the app comes to its end before Serve kills it. Only a list
+        # can take longer, whose items have each their own deadline.
         graceful_shutdown_timeout_s=settings.request_timeout_s + _END_S,
     )
     return deployment(Replica).bind(settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from server.watchdog import UNHEALTHY_AFTER, Backoff, until_it_fails
 logger = logging.getLogger(__name__)
 
 _ABANDON_EVERY_S = 0.2
+_ABANDON_WITHIN_S = 10.0  # then by SIGKILL
+_START_WITHIN_S = 1800.0  # with a large target's weights from a slow disk
 _RETRY_S = 5  # for clients of an engine that is coming up
 _RESTART_RETRY_S = 30
 
@@ -123,7 +126,7 @@ class State:
             settings=self.settings,
             served=served,
             scorer=Scorer(served, self.settings, self.admission, self.budgets, capture),
-            generator=Generator(served, self.settings, self.admission, capture),
+            generator=Generator(served, self.settings, self.admission, self.budgets, capture),
             online=online,
         )
         return serving, calibration
@@ -131,7 +134,12 @@ class State:
     async def _build(self) -> Started:
         # A task of its own: the thread that builds an engine goes on if whoever waits is cancelled.
         self._building = asyncio.create_task(_as_task(self._start(self.settings)))
-        return await asyncio.shield(self._building)
+        try:
+            async with asyncio.timeout(_START_WITHIN_S):
+                return await asyncio.shield(self._building)
+        except TimeoutError:
+            abandon_start(kill=True)
+            raise EngineNotReady(f"it did not come up in {_START_WITHIN_S:g} s") from None
 
     async def _keep_alive(self, serving: Serving) -> None:
         """Start the engine again whenever it fails, until cancelled."""
@@ -141,7 +149,10 @@ class State:
             reason = await until_it_fails(serving.served.engine, self.settings.engine_hang_s)
             self._not_ready(f"{reason}; it is started again")
             metrics.ENGINE_FAILURES.inc()
-            await serving.served.engine.kill()
+            try:
+                await serving.served.engine.kill()
+            except Exception:  # another one is started all the same
+                logger.exception("unexpected error while ending the engine")
             await self._start_again(serving, backoff)
             self.failure, self._failed_starts = None, 0
             metrics.READY.set(1)
@@ -186,6 +197,8 @@ class State:
     async def cut_off(self) -> None:
         """End what is under way; each request or stream is told so."""
         if self.serving is not None:
+            if self._life is not None:
+                self._life.cancel()  # or it would start the engine again
             with suppress(EngineNotReady):
                 await self.serving.served.engine.abort_all()
 
@@ -193,9 +206,10 @@ class State:
         """Stop the engine, started or not."""
         metrics.READY.set(0)
         self._ending = self.draining = True
+        began = time.monotonic()
         while self._building is not None and not self._building.done():
             # A thread that builds the engine cannot be stopped, what it waits for can.
-            abandon_start()
+            abandon_start(kill=time.monotonic() - began > _ABANDON_WITHIN_S)
             await asyncio.wait({self._building}, timeout=_ABANDON_EVERY_S)
         if self._life is not None:
             if self.serving is not None:

@@ -59,6 +59,8 @@ def http_request(method: str, headers: Mapping[str, str], request_id: str) -> It
         context=_propagator.extract(headers),
         kind=SpanKind.SERVER,
         attributes={"http.request.method": method, "demur.request_id": request_id},
+        record_exception=False,
+        set_status_on_exception=False,
     ) as span:
         yield span
 

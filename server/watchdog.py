@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from drafts.errors import EngineNotReady
 from drafts.scores import ServingEngine
+
+logger = logging.getLogger(__name__)
 
 UNHEALTHY_AFTER = 3  # failed starts in a row: then a supervisor should start the process anew
 
@@ -28,6 +31,9 @@ async def until_it_fails(engine: ServingEngine, hang_s: float) -> str:
                 pinged = time.monotonic()
         except EngineNotReady as error:
             return str(error)
+        except Exception as error:  # nobody else watches: what is not understood is a failure
+            logger.exception("unexpected error while watching the engine")
+            return f"the engine cannot be watched ({type(error).__name__})"
 
 
 class Backoff:
@@ -35,7 +41,7 @@ class Backoff:
 
     def __init__(self) -> None:
         self._failures = 0
-        self._began = time.monotonic()
+        self._began: float | None = None
 
     def begin(self) -> None:
         """The engine lives."""
@@ -43,9 +49,9 @@ class Backoff:
 
     def wait_s(self) -> float:
         """Before the next start."""
-        if time.monotonic() - self._began > _WELL_S:
+        if self._began is not None and time.monotonic() - self._began > _WELL_S:
             self._failures = 0
-            self._began = time.monotonic()
+        self._began = None  # until then it does not live
         wait = _WAITS_S[min(self._failures, len(_WAITS_S) - 1)]
         self._failures += 1
         return wait

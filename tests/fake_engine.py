@@ -31,6 +31,7 @@ class FakeEngine:
         self.release = asyncio.Event()
         self.release.set()
         self.aborted = asyncio.Event()
+        self.stopping = False
         # What it generates, over and over until max_new_tokens; END ends it.
         self.answer = [40, 41, 42, END]
         self.per_step = 1
@@ -88,13 +89,17 @@ class FakeEngine:
 
     async def check_health(self) -> None:
         if not self.alive:
-            raise EngineNotReady("the engine has died; restart the service")
+            raise EngineNotReady("the engine has died")
+        if self.stopping:
+            raise EngineNotReady("the engine is stopping")
 
     async def ping(self, within_s: float) -> None:
         await self.check_health()
 
     async def abort_all(self) -> None:
-        self.aborted.set()
+        self.stopping = True
+        aborted, self.aborted = self.aborted, asyncio.Event()
+        aborted.set()  # for those under way; later ones see `stopping`
 
     async def kill(self) -> None:
         self.alive = False
@@ -103,6 +108,7 @@ class FakeEngine:
         self.alive = False
 
     async def _work(self) -> None:
+        await self.check_health()
         self.calls += 1
         self.running += 1
         self.most_running = max(self.running, self.most_running)
@@ -114,19 +120,19 @@ class FakeEngine:
             raise
         finally:
             self.running -= 1
-        if not self.alive:
-            raise EngineNotReady("the engine has died; restart the service")
+        await self.check_health()
         if self.broken_numbers:
             raise NonFiniteError("a forward pass gave NaN or infinity")
 
     async def _released_or_aborted(self) -> None:
-        waits = [asyncio.ensure_future(event.wait()) for event in (self.release, self.aborted)]
+        aborted = self.aborted
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.release, aborted)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        if self.aborted.is_set():
+        if aborted.is_set():
             raise EngineNotReady("the engine is stopping")
 
     def _scores(self, token_ids: Sequence[int]) -> TokenScores:

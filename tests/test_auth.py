@@ -214,6 +214,7 @@ def test_serve_does_not_listen_there(tmp_path: Path) -> None:
         ("10.0.0.7", 200),
         ("attacker.example:8000", 400),
         ("localhost.attacker.example", 400),
+        ("[::1", 400),
     ],
 )
 async def test_without_keys_it_answers_for_no_foreign_name(

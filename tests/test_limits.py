@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafts.text import TextEncoder
+from server.admission import Admission
 from server.app import create_app
 from server.connections import DrainingServer, listening_server
+from server.errors import QueueFull
 from server.queue_wait import QueueWait
 from server.settings import Settings
 from tests.conftest import run_service
@@ -72,6 +74,32 @@ def test_the_estimate_is_what_it_takes(
     assert queue.estimate_s() == 0
     enter()
     assert queue.estimate_s() <= 2.6 / pace
+
+
+async def test_a_pace_measured_one_at_a_time_does_not_keep_an_engine_from_batching() -> None:
+    """An answer takes 0.42 s however many there are, and the deadline is a second."""
+    clock = Clock()
+    admission = Admission(1000, 1.0)
+    admission.wait = QueueWait(clock)
+    under_way: list[tuple[float, Any, Any]] = []
+    refused, most = [], 0
+    for turn in range(2000):
+        clock.now += 0.02
+        while under_way and under_way[0][0] <= clock.now:
+            _, item, first_answer = under_way.pop(0)
+            first_answer()
+            item.__exit__(None, None, None)
+        if turn < 500 and under_way:  # quiet at first: one after the other
+            continue
+        try:
+            with admission.take(1):
+                item = admission.wait.waits()
+                under_way.append((clock.now + 0.42, item, item.__enter__()))
+        except QueueFull:
+            refused.append(turn)
+        most = max(most, len(under_way))
+    assert max(refused, default=0) < 1000  # a while, until it knows better
+    assert most > 15
 
 
 async def test_what_would_come_too_late_is_refused_at_once(encoder: TextEncoder) -> None:
@@ -185,6 +213,33 @@ async def test_headers_that_do_not_come_end_the_connection(encoder: TextEncoder)
         assert (await send(it.port, whole)).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        # Refused before its body, of which a byte comes now and then.
+        HEAD + b"Content-Length: 1000\r\n\r\n",
+    ],
+)
+async def test_a_second_request_that_does_not_come_ends_the_connection(
+    encoder: TextEncoder, first: bytes
+) -> None:
+    async with listening(encoder, header_timeout_s=0.3, api_keys=["key"]) as it:
+        trickle = [first] + [b"\r\n" if b"GET" in first else b" "] * 500
+        answer = await send(it.port, *trickle, every_s=0.02)
+        assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 401 "))
+
+
+async def test_headers_without_end_end_the_connection(encoder: TextEncoder) -> None:
+    async with listening(encoder) as it:
+        assert await send(it.port, HEAD, *[b"x: " + b"a" * 10_000 + b"\r\n"] * 100) == b""
+        assert it.engine.calls == 0
+        # A large body that comes with its headers is none of that.
+        body = b'{"prompt": "a", "response": "b"' + b" " * 500_000 + b"}"
+        whole = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        assert (await send(it.port, whole)).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_a_slow_answer_outlives_the_time_for_headers(encoder: TextEncoder) -> None:
     async with listening(encoder, header_timeout_s=0.1) as it:
         it.engine.release.clear()
@@ -243,6 +298,21 @@ async def test_what_does_not_end_in_time_is_told_so(encoder: TextEncoder) -> Non
         assert '"error"' in rest[-1]
         assert "stopping" in rest[-1]
         assert "stopping" in error_of(await scored, 503)["message"]
+        await asyncio.wait_for(it.task, 30)
+
+
+async def test_what_a_list_still_has_is_told_so(encoder: TextEncoder) -> None:
+    settings: dict[str, Any] = {"drain_s": 0, "shutdown_grace_s": 1, "batch_concurrency": 4}
+    async with listening(encoder, **settings) as it:
+        it.engine.release.clear()
+        listed = asyncio.create_task(it.client.post("/v1/score", json=[GOOD] * 20))
+        while it.engine.running < 4:
+            await asyncio.sleep(0.01)
+        it.server.handle_exit(signal.SIGTERM, None)
+        answer = await listed
+        assert answer.status_code == 200
+        assert {item["error"]["code"] for item in answer.json()["data"]} == {"not_ready"}
+        assert it.engine.calls == 4  # none began after the end
         await asyncio.wait_for(it.task, 30)
 
 

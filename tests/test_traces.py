@@ -132,6 +132,21 @@ async def test_an_error_is_told_by_its_code(
         assert SAID not in span.to_json()
 
 
+@pytest.mark.parametrize(
+    ("setting", "code"), [({}, "not_finite"), ({"request_timeout_s": 0.05}, "deadline_exceeded")]
+)
+async def test_an_error_of_a_generation_too(
+    encoder: TextEncoder, spans: InMemorySpanExporter, setting: dict[str, float], code: str
+) -> None:
+    async for service in run_service(encoder, **setting):
+        if setting:
+            service.engine.release.clear()
+        service.engine.broken_numbers = True
+        answer = await service.client.post("/v1/completions", json={"prompt": SAID})
+        assert answer.json()["error"]["code"] == code
+        assert (named(spans, "text_completion tiny").attributes or {})["error.type"] == code
+
+
 async def test_a_log_line_names_its_request_and_its_trace(
     service: Service, spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
 ) -> None:

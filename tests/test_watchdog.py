@@ -140,17 +140,42 @@ async def test_it_can_end_while_the_engine_is_started_again(encoder: TextEncoder
     assert not starts.engines[-1].alive  # the one that came up too late was stopped, too
 
 
+async def test_an_error_that_nobody_expected_is_a_failure_too(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog must not die of what vLLM raises while a worker dies."""
+
+    async def explode(*_: object) -> None:
+        raise RuntimeError("cancelled")
+
+    async with watched(encoder) as (client, starts, _):
+        monkeypatch.setattr(starts.engines[0], "kill", explode)
+        monkeypatch.setattr(starts.engines[0], "ping", explode)
+        async with asyncio.timeout(30):
+            while len(starts.engines) < 2:
+                await asyncio.sleep(0.005)
+        await until(client, "/ready", 200)
+        starts.engines[1].alive = False
+        async with asyncio.timeout(30):
+            while len(starts.engines) < 3:
+                await asyncio.sleep(0.005)
+        await until(client, "/ready", 200)
+
+
 async def test_waits_grow_and_start_over(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("server.watchdog.time.monotonic", lambda: now[0])
     monkeypatch.setattr("server.watchdog._WAITS_S", (0.0, 5.0, 30.0))
     backoff = Backoff()
     waits = []
-    for _ in range(4):
+    for _ in range(4):  # each comes up, and dies soon
         backoff.begin()
         now[0] += 10
         waits.append(backoff.wait_s())
     assert waits == [0.0, 5.0, 30.0, 30.0]
+    for _ in range(10):  # none comes up: that takes time, and is no life
+        now[0] += 100
+        assert backoff.wait_s() == 30.0
     backoff.begin()
     now[0] += 1000
     assert [backoff.wait_s(), backoff.wait_s()] == [0.0, 5.0]
