@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_REMEMBER_S = 10.0  # of waiting; older observations fade
-_AT_LEAST = 8  # observations before any estimate is made
+_REMEMBER = 32  # first answers; older ones fade
+_AT_LEAST = 8  # of them, before any estimate is made
+_FADE = 1 - 1 / _REMEMBER
 
 
 class QueueWait:
@@ -23,7 +23,7 @@ class QueueWait:
         self._clock = clock
         self._since = clock()
         self.waiting = 0
-        self._busy_s = 0.0  # both fade by the time that something waited
+        self._busy_s = 0.0  # both fade with each first answer, so that their ratio is a mean
         self._came = 0.0
         self._seen = 0
 
@@ -37,7 +37,8 @@ class QueueWait:
             if not came:
                 came = True
                 self._change(-1)
-                self._came += 1
+                self._came = self._came * _FADE + 1
+                self._busy_s *= _FADE
                 self._seen += 1
 
         self._change(+1)
@@ -52,15 +53,11 @@ class QueueWait:
         self._change(0)
         if self._seen < _AT_LEAST or not self.waiting:
             return 0.0
-        return (self.waiting + 1) * self._busy_s / max(self._came, 1e-9)
+        return (self.waiting + 1) * self._busy_s / self._came
 
     def _change(self, by: int) -> None:
         now = self._clock()
         if self.waiting:
-            passed = now - self._since
-            fade = math.exp(-passed / _REMEMBER_S)
-            # What fades in `passed` seconds of waiting, and what they add.
-            self._busy_s = self._busy_s * fade + _REMEMBER_S * (1 - fade)
-            self._came *= fade
+            self._busy_s += now - self._since
         self._since = now
         self.waiting += by
