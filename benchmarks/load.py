@@ -65,7 +65,7 @@ def main() -> None:
             "hold, s": arguments.hold_s,
         },
         "resident memory at the end, MiB": memory,
-        **judge(records, told, arguments),
+        **judge(records, told, capacity, arguments),
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     for goal in result["goals"]:
@@ -145,7 +145,10 @@ def told_by(log: Path) -> dict[str, list[int]]:
 
 
 def judge(
-    records: list[dict[str, Any]], told: dict[str, list[int]], arguments: argparse.Namespace
+    records: list[dict[str, Any]],
+    told: dict[str, list[int]],
+    capacity: float,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """What came out, against the goals."""
     accepted = [record for record in records if record["status"] == 200]
@@ -161,6 +164,9 @@ def judge(
         "ids sent twice": sum(count > 1 for count in ids.values()),
         "answers given twice": sum(count > 1 for count in answers.values()),
         "with another request's id": sum(record["echoed"] != record["id"] for record in records),
+        "only in the service's log": sum(
+            name.startswith("load-") and name not in sent for name in told
+        ),
         "not in the service's log": sum(name not in told for name in sent),
         "more than once in it": sum(len(told.get(name, [])) > 1 for name in sent),
         "with another status there": sum(
@@ -169,15 +175,15 @@ def judge(
         "429 without Retry-After": sum(record["retry_after"] is None for record in refused),
     }
     windows = by_window(records)
-    peak = max(window["answered a second"] for window in windows)
-    # Full windows of the hold, at the full rate.
-    from_s = 1 + arguments.ramp_s
+    open_peak = max(window["answered a second"] for window in windows)
+    # Whole windows at the full rate, which the ramp comes to a second after its last.
     held = [
         window["answered a second"]
         for window in windows
-        if from_s <= window["from, s"] and window["from, s"] + WINDOW_S <= from_s + arguments.hold_s
+        if arguments.ramp_s <= window["from, s"]
+        and window["from, s"] + WINDOW_S <= arguments.ramp_s + arguments.hold_s + 1
     ]
-    holds = float(np.mean(held)) / peak
+    held_rate = float(np.mean(held))
     p99 = float(np.percentile(waits, 99)) if waits else None
     slowest = float(np.percentile([record["seconds"] for record in accepted], 99))
     wrong = sum(value for name, value in books.items() if isinstance(value, int) and name != "sent")
@@ -188,7 +194,18 @@ def judge(
         "refused": seconds(waits),
         "windows": windows,
         "goals": [
-            _goal("throughput at three times the capacity, over its peak", holds, ">= 0.9", HOLDS),
+            _goal(
+                "throughput at three times the capacity, over its peak in the open loop",
+                held_rate / open_peak,
+                ">= 0.9",
+                HOLDS,
+            ),
+            _goal(
+                "the same over its peak in either loop",
+                held_rate / max(open_peak, capacity),
+                ">= 0.9",
+                HOLDS,
+            ),
             _goal("p99 of a 429, s", p99, "<= 0.05", REFUSED_WITHIN_S, at_most=True),
             _goal("p99 of accepted requests, s", slowest, "<= 30", DEADLINE_S, at_most=True),
             _goal("lost, answered twice or told otherwise", wrong, "<= 0", 0, at_most=True),

@@ -16,7 +16,6 @@ import shutil
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,9 @@ def main() -> None:
         swaps = watch.metric('demur_drafts_swaps_total{outcome="ok"}')
     finally:
         service.stop()
+    # First what an hour was spent on: whatever is made of it can be made again.
+    kept = arguments.work / "soak.json"
+    kept.write_text(json.dumps({"records": records, "looks": watch.looks}))
     told = told_by(arguments.work / "serve.log")
     result = {
         "machine": machine(),
@@ -117,24 +119,27 @@ class Watch:
 
     def _run(self) -> None:
         while not self._end.wait(LOOK_EVERY_S):
-            self.looks.append({"after, s": round(time.monotonic() - self._began)} | self._look())
+            try:
+                look = self._look()
+            except psutil.Error:  # a process has ended between two questions
+                continue
+            self.looks.append({"after, s": round(time.monotonic() - self._began)} | look)
 
     def _look(self) -> dict[str, int]:
+        """Memory and handles of each part; raises if one of its processes ends meanwhile."""
         assert self._service.process is not None
         front = psutil.Process(self._service.process.pid)
         groups = {"service": [front], "engine": [], "trainer": []}
         for child in front.children(recursive=True):
-            with suppress(psutil.Error):
-                command = " ".join(child.cmdline())
-                if command.startswith("VLLM"):
-                    groups["engine"].append(child)
-                elif " -m osd" in command:
-                    groups["trainer"].append(child)
+            command = " ".join(child.cmdline())
+            if command.startswith("VLLM"):
+                groups["engine"].append(child)
+            elif " -m osd" in command:
+                groups["trainer"].append(child)
         seen = {}
         for name, processes in groups.items():
-            with suppress(psutil.Error):
-                seen[f"{name}, MiB"] = sum(p.memory_info().rss for p in processes) >> 20
-                seen[f"{name}, handles"] = sum(p.num_fds() for p in processes)
+            seen[f"{name}, MiB"] = sum(p.memory_info().rss for p in processes) >> 20
+            seen[f"{name}, handles"] = sum(p.num_fds() for p in processes)
         return seen
 
     def metric(self, name: str) -> float:

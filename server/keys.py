@@ -110,7 +110,7 @@ class Keyring:
     def __init__(self, fixed: Sequence[Key], file: Path | None) -> None:
         self._fixed = list(fixed)
         self._file = file
-        self._of_file = read_keys(file) if file is not None else []
+        self._of_file = self._read() if file is not None else []
         self._state = self._stat()
         self._looked = time.monotonic()
 
@@ -136,10 +136,20 @@ class Keyring:
             return
         self._state = state
         try:
-            self._of_file = read_keys(self._file)
+            self._of_file = self._read()
             logger.info("%d keys read from the changed keys_file", len(self._of_file))
         except ValueError as error:
             logger.error("%s; the keys of before stay", error)
+
+    def _read(self) -> list[Key]:
+        assert self._file is not None
+        keys = read_keys(self._file)
+        # A name is what budgets are counted by.
+        if clash := {key.name for key in keys} & {key.name for key in self._fixed}:
+            raise ValueError(
+                f"keys_file {self._file}: {clash.pop()} is the name of a key set in api_keys or admin_keys"
+            )
+        return keys
 
     def _stat(self) -> tuple[int, int, int] | None:
         if self._file is None:

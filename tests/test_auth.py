@@ -8,11 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 from starlette.routing import Route
 
 from drafts.text import TextEncoder
 from server.auth import KeyRoute
-from server.keys import Keyring, digest_of, read_keys
+from server.keys import Keyring, digest_of, keys_of, read_keys
 from server.logs import formatter
 from server.settings import Settings, read_settings
 from tests.conftest import Service, run_service
@@ -147,6 +148,13 @@ def test_a_bad_file_is_refused_without_its_values(tmp_path: Path, content: str) 
     with pytest.raises(ValueError, match=r"keys_file .*keys\.toml") as refused:
         read_keys(file)
     assert "secret" not in str(refused.value)
+
+
+def test_a_name_is_of_one_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[[keys]]\nname = "api-1"\nsha256 = "{digest_of("x")}"\nscopes = []')
+    with pytest.raises(ValueError, match="api-1"):
+        Keyring(keys_of([SecretStr("a")], "api", {"score"}), file)
 
 
 async def test_keys_of_the_environment_may_be_hashed(encoder: TextEncoder) -> None:
