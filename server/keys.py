@@ -145,10 +145,10 @@ class Keyring:
         assert self._file is not None
         keys = read_keys(self._file)
         # A name is what budgets are counted by.
-        if clash := {key.name for key in keys} & {key.name for key in self._fixed}:
-            raise ValueError(
-                f"keys_file {self._file}: {clash.pop()} is the name of a key set in api_keys or admin_keys"
-            )
+        clash = {key.name for key in keys} & {key.name for key in self._fixed}
+        if clash:
+            name = clash.pop()
+            raise ValueError(f"keys_file {self._file}: {name} is a key of api_keys or admin_keys")
         return keys
 
     def _stat(self) -> tuple[int, int, int] | None:
