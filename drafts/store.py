@@ -38,7 +38,8 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from drafts.errors import ManifestError, StoreError
-from drafts.manifest import inside, load_ensemble, read_manifest
+from drafts.manifest import load_ensemble, read_manifest
+from drafts.untrusted import inside
 from drafts.weights import check_shapes
 
 logger = logging.getLogger(__name__)

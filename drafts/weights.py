@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from drafts.errors import ManifestError, WeightsError
-from drafts.manifest import Ensemble, ExitDraft, Member, ResidualDraft, weight_files
+from drafts.manifest import Ensemble, ExitDraft, Member, ResidualDraft
 from drafts.residual import ResidualHead
+from drafts.untrusted import weight_files
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drafts.exits import copy_exit
 from drafts.manifest import (
+from drafts.untrusted import transformers_config
     ModelDraft,
     check_hidden_states,
     check_member,

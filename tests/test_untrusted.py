@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from drafts.errors import DraftsError, ManifestError, StoreError, WeightsError
-from drafts.manifest import Member, inside, load_ensemble, transformers_config, weight_files
+from drafts.manifest import Member, load_ensemble
 from drafts.reference import Reference
 from drafts.residual import ResidualConfig
 from drafts.shipped import ship
 from drafts.store import DraftsStore, Version
 from drafts.text import TextEncoder, TextError
+from drafts.untrusted import inside, transformers_config, weight_files
 from drafts.weights import check_shapes, check_target, read_member
 from osd import checkpoint
 from osd.corpus import Corpus, Text
@@ -448,7 +449,7 @@ def test_pinned_files_are_what_they_were(folder: Path, tmp_path: Path) -> None:
 def test_a_long_check_is_told_and_made_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("drafts.manifest._QUIET_S", -1.0)
+    monkeypatch.setattr("drafts.untrusted._QUIET_S", -1.0)
     file = folder / "model_a/model.safetensors"
     pin(folder, "model_a", {file.name: sha256(file)})
     with caplog.at_level("INFO", "drafts.manifest"):
