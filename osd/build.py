@@ -12,13 +12,12 @@ from torch import Tensor
 
 from drafts.exits import copy_exit
 from drafts.manifest import (
-from drafts.untrusted import transformers_config
     ModelDraft,
     check_hidden_states,
     check_member,
     resolve_source,
-    transformers_config,
 )
+from drafts.untrusted import transformers_config
 from osd.config import DistillConfig, ExitDrafts, ModelDrafts, ResidualDrafts
 from osd.corpus import Text
 from osd.errors import ConfigError

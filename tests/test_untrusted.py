@@ -452,7 +452,7 @@ def test_a_long_check_is_told_and_made_once(
     monkeypatch.setattr("drafts.untrusted._QUIET_S", -1.0)
     file = folder / "model_a/model.safetensors"
     pin(folder, "model_a", {file.name: sha256(file)})
-    with caplog.at_level("INFO", "drafts.manifest"):
+    with caplog.at_level("INFO", "drafts.untrusted"):
         load_ensemble(folder)
         load_ensemble(folder)
     assert [record.message for record in caplog.records] == [f"checking the SHA-256 of {file}"]
