@@ -189,7 +189,6 @@ def test_zz_stop_is_clean_and_loses_nothing(running: Running) -> None:
         time.sleep(0.01)
     running.process.send_signal(signal.SIGTERM)
     assert sender.communicate(timeout=60)[0].strip() == b"100"
-    # uvicorn ends itself by the signal it was sent, once everything has been stopped in order.
     assert running.process.wait(timeout=60) == 0, running.log.read_text()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
