@@ -99,9 +99,9 @@ async def test_another_architecture(tmp_path: Path) -> None:
             process.kill()
         results = await asyncio.wait_for(waiting, 60)
         assert any(isinstance(result, EngineNotReady) for result in results)
-        with pytest.raises(EngineNotReady, match="restart"):
+        with pytest.raises(EngineNotReady, match="has died"):
             await engine.check_health()
-        with pytest.raises(EngineNotReady, match="restart"):
+        with pytest.raises(EngineNotReady, match="has died"):
             await engine.score(*texts[0])
 
 
