@@ -29,10 +29,12 @@ class KeyRoute(APIRoute):
 
         async def checked(request: Request) -> Response:
             state: State = request.app.state.demur
-            key = _authorise(state, request, self.needed)
-            if key is not None and self.needed in ("score", "generate"):
-                await state.budgets.request(key)
-            request.state.key = key
+            # Before anything is refused, so that the log can say whose request it was.
+            request.state.key = key = _key_of(state, request, self.needed)
+            if key is not None:
+                _check_scope(key, self.needed)
+                if self.needed in ("score", "generate"):
+                    await state.budgets.request(key)
             return await handle(request)
 
         return checked
@@ -50,13 +52,8 @@ class AdminRoute(KeyRoute):
     needed = "admin"
 
 
-def _authorise(state: State, request: Request, needed: Scope | None) -> Key | None:
-    """The key of a request.
-
-    Raises:
-        Unauthorized: without a key that fits.
-        Forbidden: with a key that is not good for this.
-    """
+def _key_of(state: State, request: Request, needed: Scope | None) -> Key | None:
+    """The key of a request; None if the service has none. `Unauthorized` without one that fits."""
     if not state.keyring:
         _refuse_other_sites(state, request, needed)
         return None
@@ -64,13 +61,16 @@ def _authorise(state: State, request: Request, needed: Scope | None) -> Key | No
     key = state.keyring.find(given.strip()) if scheme.lower() == "bearer" else None
     if key is None:
         raise Unauthorized("a valid key is needed: `Authorization: Bearer <key>`")
+    return key
+
+
+def _check_scope(key: Key, needed: Scope | None) -> None:
     if needed is not None and not key.may(needed):
         raise Forbidden(
             f"the key '{key.name}' has no scope '{needed}'; it has: "
             f"{', '.join(sorted(key.scopes)) or 'none'}",
             code="scope_needed",
         )
-    return key
 
 
 def _refuse_other_sites(state: State, request: Request, needed: Scope | None) -> None:

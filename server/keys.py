@@ -24,6 +24,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
+from server import metrics
+
 logger = logging.getLogger(__name__)
 
 Scope = Literal["score", "generate", "admin"]
@@ -52,7 +54,7 @@ class Key(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    keys: list[Key] = Field(min_length=1)
+    keys: list[Key] = []  # nobody gets in
 
     @field_validator("keys")
     @classmethod
@@ -81,8 +83,16 @@ def read_keys(path: Path) -> list[Key]:
         ValueError: a sentence that says what is wrong, with no value of the file in it.
     """
     try:
-        return _File.model_validate(tomllib.loads(path.read_text())).keys
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return parse_keys(path.read_text(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"keys_file {path} cannot be read: {error}") from error
+
+
+def parse_keys(text: str, path: Path) -> list[Key]:
+    """The keys of what a file holds; errors as in `read_keys`."""
+    try:
+        return _File.model_validate(tomllib.loads(text)).keys
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"keys_file {path} cannot be read: {error}") from error
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
@@ -104,15 +114,20 @@ class Keyring:
     """All keys, by the hash of what a client sends.
 
     A file is read again when it has changed, so that a key can be taken back while the service
-    runs; if it cannot be used any more, the keys that it held before stay.
+    runs. Without its file, none of its keys is good; if it cannot be read or used, those that it
+    held before stay, and `demur_keys_file_usable` is 0.
     """
 
     def __init__(self, fixed: Sequence[Key], file: Path | None) -> None:
         self._fixed = list(fixed)
         self._file = file
+        # In this order: what changes in between is read again.
+        self._state = self._stat() if file is not None and file.exists() else None
         self._of_file = self._read() if file is not None else []
-        self._state = self._stat()
+        self._problem = ""
         self._looked = time.monotonic()
+        if self and not self._fixed + self._of_file:
+            logger.warning("there is no key in %s: nobody gets in", file)
 
     def __bool__(self) -> bool:
         return bool(self._fixed) or self._file is not None
@@ -131,15 +146,26 @@ class Keyring:
         if self._file is None or time.monotonic() - self._looked < _LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
-        state = self._stat()
-        if state == self._state:
-            return
-        self._state = state
         try:
-            self._of_file = self._read()
-            logger.info("%d keys read from the changed keys_file", len(self._of_file))
-        except ValueError as error:
-            logger.error("%s; the keys of before stay", error)
+            state = self._stat()
+            if state == self._state:
+                return
+            found = self._read()
+        except FileNotFoundError:
+            if self._state is not None:
+                logger.error("keys_file %s is gone: none of its keys is good", self._file)
+            self._state, found = None, []
+        except (OSError, ValueError) as error:  # a disk that does not answer, say; the next look
+            metrics.KEYS_USABLE.set(0)
+            if str(error) != self._problem:
+                logger.error("%s; the keys of before stay", error)
+            self._problem = str(error)
+            return
+        else:
+            self._state = state
+            logger.warning("the keys_file has changed: %d keys", len(found))
+        self._of_file, self._problem = found, ""
+        metrics.KEYS_USABLE.set(1)
 
     def _read(self) -> list[Key]:
         assert self._file is not None
@@ -151,11 +177,8 @@ class Keyring:
             raise ValueError(f"keys_file {self._file}: {name} is a key of api_keys or admin_keys")
         return keys
 
-    def _stat(self) -> tuple[int, int, int] | None:
-        if self._file is None:
-            return None
-        try:
-            found = self._file.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+    def _stat(self) -> tuple[int, ...]:
+        """What changes when the file, or who may read it, does; `OSError` if it cannot be told."""
+        assert self._file is not None
+        found = self._file.stat()
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

@@ -1,15 +1,18 @@
-"""`demur keys`: makes a key, and writes its hash into the service's file of keys."""
+"""`demur keys`: makes a key and writes its hash into the file of keys, or takes one back."""
 
 from __future__ import annotations
 
 import os
+import re
+import tempfile
+import tomllib
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
 from pydantic import ValidationError
 
-from server.keys import Key, Scope, digest_of, new_key, read_keys
+from server.keys import Key, Scope, digest_of, new_key, parse_keys, read_keys
 
 
 def keys(
@@ -26,11 +29,17 @@ def keys(
     tokens_per_minute: Annotated[
         int | None, typer.Option(min=1, help="prompt and answer together")
     ] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="take the key of this name back")
+    ] = False,
 ) -> None:
     """Make a key. It is printed once, and only its hash is kept.
 
-    To take one back, delete its lines from the file; a running service notices within seconds.
+    With --remove, take one back; a running service notices within seconds.
     """
+    if remove:
+        _remove(file, name)
+        return
     secret = new_key()
     try:
         there = read_keys(file) if file.exists() else []
@@ -70,15 +79,45 @@ def _entry(key: Key) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _remove(file: Path, name: str) -> None:
+    try:
+        there = read_keys(file)
+        if name not in {key.name for key in there}:
+            raise ValueError(f"{file} has no key named {name}")
+        # A part for each key, with the comments after it; before the first, those of the file.
+        parts = re.split(r"(?m)^(?=\s*\[\[\s*keys\s*\]\])", file.read_text())
+        kept = [part for part in parts if name not in _names(part)]
+        text = "".join(kept)
+        if parse_keys(text, file) != [key for key in there if key.name != name]:
+            raise ValueError(f"{file} is not written as `demur keys` does: take {name} out by hand")
+        _write(file, text)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    typer.echo(f"{name} is no longer in {file}", err=True)
+
+
+def _names(part: str) -> list[str]:
+    return [key["name"] for key in tomllib.loads(part).get("keys", [])]
+
+
 def _append(file: Path, entry: str) -> None:
-    """Add an entry; who reads the file meanwhile sees the old one or the new one."""
     before = file.read_text() if file.exists() else ""
-    partial = file.with_name(f"{file.name}.partial")
+    _write(file, f"{before}\n{entry}" if before else entry)
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace the file; who reads it meanwhile sees the old one or the new one."""
     # Hashes are no secrets, but nobody else needs them. A file that is there keeps its mode.
     mode = file.stat().st_mode & 0o777 if file.exists() else 0o600
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as out:
-        out.write(f"{before}\n{entry}" if before else entry)
-    partial.replace(file)
+    number, partial = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
+    try:
+        with open(number, "w") as out:
+            os.fchmod(number, mode)
+            out.write(text)
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise
 
 
 def _fail(message: str) -> None:

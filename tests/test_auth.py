@@ -2,24 +2,30 @@
 
 import json
 import logging
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import typer
 from pydantic import SecretStr
 from starlette.routing import Route
+from typer.testing import CliRunner
 
 from drafts.text import TextEncoder
 from server.auth import KeyRoute
 from server.keys import Keyring, digest_of, keys_of, read_keys
+from server.keys_command import keys
 from server.logs import formatter
 from server.settings import Settings, read_settings
 from tests.conftest import Service, run_service
-from tests.serving import demur
-from tests.test_http import error_of
+from tests.serving import demur, gauge_of
+from tests.test_http import GOOD, error_of
 
+keys_command = typer.Typer()
+keys_command.command()(keys)
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 TEXT = {"prompt": "a", "max_tokens": 2}
 
@@ -126,15 +132,31 @@ def test_a_key_can_be_taken_back_while_it_runs(
         file.write_text(broken)
         assert ring.find("new") is not None
         assert ring.find("score") is None
-    file.unlink()
-    assert ring.find("new") is not None
+        assert gauge_of("demur_keys_file_usable") == 0
+
+
+@pytest.mark.parametrize("how", ["emptied", "deleted"])
+def test_the_last_key_can_be_taken_back(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.keys._LOOK_EVERY_S", 0.0)
+    file = keys_file(tmp_path)
+    ring = Keyring([], file)
+    assert ring.find("score") is not None
+    if how == "emptied":
+        file.write_text("# nobody\n")
+    else:
+        file.unlink()
+    assert ring.find("score") is None
+    assert ring, "without keys everything would be open"
+    keys_file(tmp_path)
+    assert ring.find("score") is not None
+    assert gauge_of("demur_keys_file_usable") == 1
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "keys = []",
         '[[keys]]\nname = "a"\nsha256 = "secret"\nscopes = []',
         f'[[keys]]\nname = "a b"\nsha256 = "{digest_of("x")}"\nscopes = []',
         f'[[keys]]\nname = "a"\nsha256 = "{digest_of("x")}"\nscopes = ["root"]',
@@ -191,6 +213,18 @@ def test_demur_keys_makes_them(tmp_path: Path) -> None:
         assert refused.stderr.startswith("demur: ")
         assert "Traceback" not in refused.stderr
     assert len(read_keys(file)) == 2
+    # Comments and the other keys stay as they are.
+    before = file.read_text()
+    file.write_text(f"# ours\n{before}# and theirs\n")
+    assert run("team-a", "--remove").returncode == 0
+    [left] = read_keys(file)
+    assert left.name == "prometheus"
+    assert "# ours" in file.read_text()
+    again = run("team-a", "--remove")
+    assert again.returncode == 1
+    assert "no key named team-a" in again.stderr
+    assert run("prometheus", "--remove").returncode == 0
+    assert read_keys(file) == []
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
@@ -233,6 +267,27 @@ async def test_without_keys_it_answers_for_no_foreign_name(
     assert answer.status_code == status
     if status == 400:
         assert error_of(answer, 400)["code"] == "unknown_host"
+
+
+async def test_the_log_says_whose_request_it_was(
+    encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that are refused, too; and probes that are."""
+    caplog.set_level(logging.INFO)
+    async for service in run_service(encoder, keys_file=keys_file(tmp_path, requests_per_minute=1)):
+        for path, key in (
+            ("/v1/score", "score"),
+            ("/v1/score", "score"),
+            ("/v1/score", "generate"),
+            ("/metrics", "wrong"),
+            ("/metrics", "none"),
+        ):
+            headers = {"Authorization": f"Bearer {key}"}
+            method = "GET" if path == "/metrics" else "POST"
+            await service.client.request(method, path, json=GOOD, headers=headers)
+    told = [(r.status, r.key) for r in caplog.records if r.name == "server.middleware"]  # type: ignore[attr-defined]
+    assert told == [(200, "score"), (429, "score"), (403, "generate"), (401, None)]
+    assert "429" in caplog.text
 
 
 async def test_no_key_and_no_text_in_the_log(
@@ -281,3 +336,72 @@ def test_settings_show_no_key() -> None:
     settings = Settings(api_keys=["hush"], admin_keys=["hush"])
     assert "hush" not in repr(settings)
     assert "hush" not in settings.model_dump_json()
+
+
+def test_a_key_that_cannot_be_read_now_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.keys._LOOK_EVERY_S", 0.0)
+    file = keys_file(tmp_path)
+    ring = Keyring([], file)
+    read, is_broken = Path.read_text, True
+
+    def text_of(path: Path) -> str:
+        if is_broken:
+            raise PermissionError("of another user")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", text_of)
+    file.write_text(f'[[keys]]\nname = "new"\nsha256 = "{digest_of("new")}"\nscopes = []')
+    for _ in range(2):
+        assert ring.find("new") is None
+        assert gauge_of("demur_keys_file_usable") == 0
+    is_broken = False  # its time, size and place are what they were
+    assert ring.find("new") is not None
+    assert ring.find("score") is None
+    assert gauge_of("demur_keys_file_usable") == 1
+
+
+def test_a_file_that_was_broken_and_is_gone_holds_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.keys._LOOK_EVERY_S", 0.0)
+    file = keys_file(tmp_path)
+    ring = Keyring([], file)
+    file.write_text("keys = 3")
+    assert ring.find("score") is not None
+    file.unlink()
+    assert ring.find("score") is None
+    assert gauge_of("demur_keys_file_usable") == 1
+
+
+ENTRY = "name = '{name}'\nsha256 = '{digest}'\nscopes = []\n"
+TWO = [ENTRY.format(name=name, digest=digest_of(name)) for name in "ab"]
+IN_LINE = "keys = [{" + "}, {".join(entry.strip().replace("\n", ", ") for entry in TWO) + "}]"
+QUOTED = f"[[keys]]\n{TWO[0]}[['keys']]\n{TWO[1]}"
+
+
+@pytest.mark.parametrize("layout", [IN_LINE, QUOTED])
+def test_a_file_of_another_layout_loses_no_key_but_that(layout: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(layout)
+    assert [key.name for key in read_keys(file)] == ["a", "b"]
+    refused = CliRunner().invoke(keys_command, ["a", "--file", str(file), "--remove"])
+    assert refused.exit_code == 1
+    assert "by hand" in refused.output
+    assert file.read_text() == layout
+
+
+def test_a_file_keeps_its_mode_whatever_the_umask(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("")
+    file.chmod(0o644)
+    umask = os.umask(0o077)
+    try:
+        for how in ([], ["--remove"]):
+            done = CliRunner().invoke(keys_command, ["a", "--file", str(file), *how])
+            assert done.exit_code == 0, done.output
+    finally:
+        os.umask(umask)
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [file]
