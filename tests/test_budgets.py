@@ -1,10 +1,14 @@
 """What a key may use a minute."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from drafts.text import TextEncoder
 from server.budgets import Budgets
@@ -31,7 +35,7 @@ async def test_requests(encoder: TextEncoder, tmp_path: Path) -> None:
             assert (await post(service, "/v1/score", SCORE)).status_code == 200
         refused = await post(service, "/v1/score", SCORE)
         assert error_of(refused, 429)["code"] == "rate_limit_exceeded"
-        assert 1 <= int(refused.headers["Retry-After"]) <= 60
+        assert 1 <= int(refused.headers["Retry-After"]) <= 120
         # Others have budgets of their own, and what asks the engine nothing is not counted.
         assert (await post(service, "/v1/score", SCORE, "score")).status_code == 200
         headers = {"Authorization": "Bearer admin"}
@@ -70,6 +74,42 @@ async def test_tokens_of_generations_count_as_they_may_come_to(
         before = gauge_of("demur_key_refused_total", key="admin", budget="tokens")
         await post(service, "/v1/completions", body)
         assert gauge_of("demur_key_refused_total", key="admin", budget="tokens") == before + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    amount=st.integers(1, 200),
+    uses=st.lists(st.tuples(st.floats(0, 40), st.integers(1, 60)), min_size=1, max_size=30),
+)
+async def test_who_waits_as_told_is_let_in_and_not_much_sooner(
+    amount: int, uses: list[tuple[float, int]]
+) -> None:
+    now = 1_000_000.0
+    clock = SimpleNamespace(time=lambda: now)
+    budgets = Budgets(None)
+    key = Key(name="k", sha256=digest_of("k"), scopes=frozenset(), tokens_per_minute=amount)
+
+    async def wait_for(cost: int) -> int | None:
+        try:
+            await budgets.tokens(key, cost)
+        except RateLimited as refused:
+            return int(refused.headers["Retry-After"])
+        return None
+
+    with patch("limits.aio.storage.memory.time", clock):
+        for pause, cost in uses:
+            now += pause
+            cost = min(cost, amount)
+            wait = await wait_for(cost)
+            if wait is None:
+                continue
+            assert 1 <= wait <= 120
+            if wait > 1:
+                now += wait - 1.01
+                assert await wait_for(cost) is not None
+                now -= wait - 1.01
+            now += wait
+            assert await wait_for(cost) is None
 
 
 def _key(requests: int) -> Key:
