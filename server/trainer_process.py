@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 _WAITS_S = (1.0, 5.0, 30.0, 120.0)  # before it is started again, after deaths in a row
 _WELL_S = 300.0  # a trainer that lived so long was well
 _GRACE_S = 30.0
+# The engine keeps all memory that it ever had (`drafts.launch`), and its environment is ours. The
+# trainer works now and then: what it does not need goes back to the system.
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**24)}
 
 
 def command(settings: Settings) -> list[str]:
@@ -36,7 +39,7 @@ def environment(settings: Settings) -> dict[str, str]:
     """Its environment: URLs can hold passwords, which a command line would show to everybody."""
     assert settings.store is not None
     places = {"DEMUR_DRAFTS_STORE": settings.store, "DEMUR_SPOOL": settings.spool_place}
-    return os.environ | places | {"TQDM_DISABLE": "1"}  # no bars in a log
+    return os.environ | _MEMORY | places | {"TQDM_DISABLE": "1"}  # no bars in a log
 
 
 async def keep_training(settings: Settings) -> None:
