@@ -4,7 +4,7 @@
 set -eu
 folder=${1:-$(dirname "$0")/secrets}
 if [ -e "$folder" ]; then
-    echo "$folder is there already; remove it to make new secrets" >&2
+    echo "$folder is there already, with everybody's keys: docs/deployment.md says how to change one" >&2
     exit 1
 fi
 random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }

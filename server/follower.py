@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 from drafts.calibration import Calibration, load_calibration
-from drafts.errors import DraftsError, EngineNotReady
+from drafts.errors import DraftsError, EngineNotReady, StoreError
 from drafts.manifest import Ensemble
 from drafts.store import DraftsStore, Version
 from osd.publish import first_version, open_version
 from server import metrics
 from server.aside import aside
+from server.attempts import Attempts
 from server.served import Served
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Follower:
         self._work = work
         self._one_at_a_time = asyncio.Lock()
         self._refused: tuple[str, float] = ("", 0.0)
+        self._attempts = Attempts(work / "attempts")
 
     async def look(self, *, again: bool = False) -> None:
         """Serve with the current version, if that is another one.
@@ -49,16 +51,25 @@ class Follower:
         Raises:
             OSError, DraftsError: if the store cannot be read, or the version not be used; the
                 engine then serves on as it did.
+            EngineNotReady: if the engine does not answer, or the swap was the end of it. A version
+                that has ended it twice is not tried again, until `forgive`.
         """
         async with self._one_at_a_time:
             current = await aside(first_version, self.store, self._ensemble, self._work)
             metrics.CURRENT_VERSION.clear()
             metrics.CURRENT_VERSION.labels(self._served.engine.weights_version).set(1)
-            if current.name == self._served.engine.weights_version:
+            is_served = current.name == self._served.engine.weights_version
+            metrics.CURRENT_SERVED.set(is_served)
+            if is_served:
                 return
             name, until = self._refused
             if name == current.name and time.monotonic() < until and not again:
                 return
+            if await aside(self._attempts.too_many, current.name):
+                raise StoreError(
+                    f"version {current.name} has twice ended the engine when it was swapped in and "
+                    "is not tried again, unless it is rolled back to"
+                )
             try:
                 await self._serve(current)
             except (OSError, DraftsError):
@@ -72,8 +83,9 @@ class Follower:
         before = self._served.engine.weights_version
         # Before the swap: from its first answer on, a version is judged by its own calibration.
         self._served.calibrate(version.name, calibration)
-        await self._served.engine.swap(opened.folder, opened.target_path)
+        await self._swap(version.name, opened)
         metrics.SWAPS.labels("ok").inc()
+        metrics.CURRENT_SERVED.set(1)
         metrics.SWAP_SECONDS.observe(time.monotonic() - started)
         metrics.CURRENT_VERSION.clear()
         metrics.CURRENT_VERSION.labels(version.name).set(1)
@@ -82,6 +94,24 @@ class Follower:
             await aside(self._tidy, {version.name, before})
         except (OSError, DraftsError) as error:  # it serves; old copies can wait
             logger.warning("old versions are not removed: %s", error)
+
+    async def _swap(self, name: str, opened: Ensemble) -> None:
+        engine = self._served.engine
+        await engine.check_health()  # one that was dead before has not died of this
+        await aside(self._attempts.begin, name)
+        try:
+            await engine.swap(opened.folder, opened.target_path)
+        except EngineNotReady:
+            self._attempts.failed()
+            raise
+        except BaseException:
+            self._attempts.end()
+            raise
+        self._attempts.end()
+
+    async def forgive(self, name: str) -> None:
+        """Try a version again that has ended the engine: somebody asks for it."""
+        await aside(self._attempts.forgive, name)
 
     async def check(self, name: str) -> None:
         """Raise what is wrong with a version, if anything is; nothing changes."""

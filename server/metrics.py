@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import Counter, Gauge, Histogram
 
-from server.schemas import OsdStatus
+if TYPE_CHECKING:
+    from server.schemas import OsdStatus
 
 REQUESTS = Counter("demur_requests", "HTTP requests", ["route", "status"])
 REQUEST_SECONDS = Histogram(
@@ -22,6 +25,15 @@ STAGE_SECONDS = Histogram(
 )
 KEY_TOKENS = Counter("demur_key_tokens", "Tokens that a key was counted for", ["key"])
 KEY_REFUSED = Counter("demur_key_refused", "Requests over a key's budget", ["key", "budget"])
+KEYS_USABLE = Gauge(
+    "demur_keys_file_usable", "0 while the keys file cannot be used and older keys hold, else 1"
+)
+REFUSED = Counter(
+    "demur_refused",
+    "Requests refused because of the load: queue (no place is left), wait (longer than the "
+    "deadline allows)",
+    ["reason"],
+)
 ENGINE_FAILURES = Counter("demur_engine_failures", "Times that the engine died or hung")
 PENDING = Gauge("demur_pending_items", "Items waiting for the engine or in it")
 ITEMS = Counter("demur_items", "Items of scoring requests", ["outcome"])
@@ -61,12 +73,16 @@ SPOOL_QUEUED = Gauge("demur_spool_queued", "Conversations of this service that w
 CURRENT_VERSION = Gauge(
     "demur_drafts_version", "1 for the version of the drafts' weights that serves", ["version"]
 )
+CURRENT_SERVED = Gauge(
+    "demur_drafts_current_served", "0 while the store's current version is another than what serves"
+)
 SWAPS = Counter("demur_drafts_swaps", "Versions of the store swapped in: ok, failed", ["outcome"])
 SWAP_SECONDS = Histogram(
     "demur_drafts_swap_seconds",
     "From seeing a version to serving with it, waiting for requests under way included",
     buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300),
 )
+STORE_UP = Gauge("demur_drafts_store_up", "0 while the drafts store cannot be read, else 1")
 TRAINER_DEATHS = Counter("demur_osd_trainer_deaths", "Times that this service's trainer ended")
 TRAINER_UP = Gauge("demur_osd_trainer_up", "1 while a trainer reports to the store")
 OSD_PAUSED = Gauge("demur_osd_paused", "1 while the trainer is told to rest")
@@ -99,6 +115,7 @@ def observe_osd(status: OsdStatus) -> None:
         SPOOL_BYTES.set(status.spool.bytes)
         SPOOL_AGE.set(status.spool.oldest_age_s)
         SPOOL_QUEUED.set(status.spool.queued)
+    STORE_UP.set(status.store_error is None)
     TRAINER_UP.set(status.trainer_alive)
     OSD_PAUSED.set(status.paused is not None)
     trainer = status.trainer
@@ -118,3 +135,15 @@ def observe_osd(status: OsdStatus) -> None:
     for on, measured in (("traffic", trainer.traffic), ("reference", trainer.reference)):
         for name, value in (measured or {}).items():
             OSD_MEASURED.labels(on, name).set(value)
+
+
+# So that the first of each is an increase, and not a series that appears.
+for _outcome in ("kept", "repeated", "dropped"):
+    CAPTURED.labels(_outcome)
+for _outcome in ("ok", "failed"):
+    SWAPS.labels(_outcome)
+for _reason in ("queue", "wait"):
+    REFUSED.labels(_reason)
+KEYS_USABLE.set(1)
+STORE_UP.set(1)
+CURRENT_SERVED.set(1)
