@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -20,7 +21,18 @@ logger = logging.getLogger(__name__)
 
 # After the requests that did not end by themselves were cut off: to tell their clients.
 _TELL_S = 5
+# A connection that was made just before the end may bring its request for so long.
+_FIRST_REQUEST_S = 1.0
+_OPEN_FILES = 65_536
 _MAX_HEADER_BYTES = 64 * 2**10
+
+
+def raise_file_limit() -> None:
+    """Let this process open more files than the usual 1,024, fewer than its connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def protocol(settings: Settings) -> type[HttpToolsProtocol]:
@@ -29,6 +41,7 @@ def protocol(settings: Settings) -> type[HttpToolsProtocol]:
     class BoundedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
         _header_bytes = 0
+        _is_ending = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -55,6 +68,20 @@ def protocol(settings: Settings) -> type[HttpToolsProtocol]:
         def on_headers_complete(self) -> None:
             self._headers_came()
             super().on_headers_complete()
+            if self._is_ending:
+                super().shutdown()  # once this request has its answer
+
+        def shutdown(self) -> None:
+            if self.cycle is not None:
+                super().shutdown()
+                return
+            # Closed now, a request that is on its way would be neither answered nor refused.
+            self._is_ending = True
+            self.loop.call_later(_FIRST_REQUEST_S, self._close_if_unused)
+
+        def _close_if_unused(self) -> None:
+            if self.cycle is None:
+                self.transport.close()
 
         def _expect_headers(self) -> None:
             self._header_bytes = 0

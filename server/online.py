@@ -108,6 +108,7 @@ class Online:
             ) from error
         with _told_to_clients():
             await aside(_make_current, follower.store, name)
+            await follower.forgive(name)
             await follower.look(again=True)
 
     async def versions(self) -> list[schemas.DraftVersion] | None:
@@ -119,14 +120,17 @@ class Online:
 
     async def status(self) -> schemas.OsdStatus:
         """Everything that is known of it."""
-        trainer, paused = None, None
+        trainer, paused, store_error = None, None, None
         if self.control is not None:
-            with _told_to_clients():
-                trainer = await aside(self.control.status)
+            try:
                 paused = await aside(self.control.paused)
+                trainer = await aside(self.control.status)
+            except (OSError, DraftsError) as error:
+                store_error = str(error)
         return schemas.OsdStatus(
             mode=self.settings.osd,
             paused=paused,
+            store_error=store_error,
             spool=await aside(self._spool_status),
             trainer_alive=_is_alive(trainer),
             trainer=trainer,
@@ -188,8 +192,6 @@ class Online:
         while True:
             try:
                 metrics.observe_osd(await self.status())
-            except NotReady as error:
-                logger.debug("%s", error)
             except Exception:
                 logger.exception("unexpected error while observing online distillation")
             await asyncio.sleep(every_s)

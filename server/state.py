@@ -175,7 +175,8 @@ class State:
     def _not_ready(self, reason: str) -> None:
         self.failure = reason
         metrics.READY.set(0)
-        logger.error(reason)
+        # An engine that is told to stop while it starts has not failed.
+        logger.log(logging.INFO if self.draining else logging.ERROR, reason)
 
     def healthy(self) -> bool:
         """Starting counts as healthy, and starting again; not if that fails again and again."""

@@ -1,10 +1,12 @@
 """What is too much, too slow or too late is refused, and costs nobody else anything."""
 
 import asyncio
+import json
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from hypothesis import strategies as st
 from drafts.text import TextEncoder
 from server.admission import Admission
 from server.app import create_app
-from server.connections import DrainingServer, listening_server
+from server.connections import DrainingServer, listening_server, raise_file_limit
 from server.errors import QueueFull
 from server.queue_wait import QueueWait
 from server.settings import Settings
 from tests.conftest import run_service
 from tests.fake_engine import FakeEngine
+from tests.serving import gauge_of
 from tests.test_http import GOOD, error_of
 
 
@@ -117,8 +120,10 @@ async def test_what_would_come_too_late_is_refused_at_once(encoder: TextEncoder)
             clock.now += 10.0
             with wait.waits() as first_answer:
                 first_answer()
+        before = gauge_of("demur_refused_total", reason="wait")
         refused = await service.score(**GOOD)
         assert error_of(refused, 429)["code"] == "queue_full"
+        assert gauge_of("demur_refused_total", reason="wait") == before + 1
         assert 1 <= int(refused.headers["Retry-After"]) <= 60
         for stream in (False, True):
             body = {"prompt": "a", "stream": stream}
@@ -172,19 +177,27 @@ async def _is_ready(client: httpx.AsyncClient) -> bool:
 async def send(port: int, *parts: bytes, every_s: float = 0.0) -> bytes:
     """What comes back for bytes that are sent bit by bit, until the other side closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    answer = asyncio.create_task(reader.read())
+    answer = asyncio.create_task(_all_of(reader))
     try:
-        for part in parts:
-            writer.write(part)
-            await writer.drain()
-            await asyncio.sleep(every_s)
-            if answer.done():
-                break
+        with suppress(ConnectionError):
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(every_s)
+                if answer.done():
+                    break
         return await asyncio.wait_for(answer, 30)
-    except ConnectionError:
-        return answer.result() if answer.done() and not answer.exception() else b""
     finally:
         writer.close()
+
+
+async def _all_of(reader: asyncio.StreamReader) -> bytes:
+    """Also what came before the other side, to which we still wrote, had closed."""
+    came = b""
+    with suppress(ConnectionError):
+        while part := await reader.read(2**16):
+            came += part
+    return came
 
 
 HEAD = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -258,6 +271,18 @@ async def test_connections_beyond_the_limit_are_closed(encoder: TextEncoder) -> 
         assert (await it.client.get("/ready")).status_code == 200
 
 
+def test_more_files_may_be_open_than_is_usual() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+    try:
+        raise_file_limit()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert hard == before[1]
+    assert soft > Settings.model_fields["max_connections"].default
+
+
 async def test_sigterm_drains(encoder: TextEncoder) -> None:
     """Readiness drops first, all is answered meanwhile, what is under way ends."""
     async with listening(encoder, drain_s=0.5) as it:
@@ -279,6 +304,28 @@ async def test_sigterm_drains(encoder: TextEncoder) -> None:
         assert (await under_way).status_code == (await late).status_code == 200
         await asyncio.wait_for(it.task, 30)
         assert not it.engine.alive
+
+
+async def test_a_request_on_its_way_at_the_end_is_answered(encoder: TextEncoder) -> None:
+    body = json.dumps(GOOD).encode()
+    head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    async with listening(encoder, drain_s=0) as it:
+        reader, writer = await asyncio.open_connection("127.0.0.1", it.port)
+        unused, unused_writer = await asyncio.open_connection("127.0.0.1", it.port)
+        while len(it.server.server_state.connections) < 3:  # ours, and one of httpx
+            await asyncio.sleep(0.01)
+        it.server.handle_exit(signal.SIGTERM, None)
+        while it.server.servers[0].is_serving():
+            await asyncio.sleep(0.01)
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer.lower()
+        assert await asyncio.wait_for(unused.read(), 10) == b""
+        writer.close()
+        unused_writer.close()
+        await asyncio.wait_for(it.task, 30)
 
 
 async def test_what_does_not_end_in_time_is_told_so(encoder: TextEncoder) -> None:

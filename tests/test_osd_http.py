@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from drafts.calibration import CALIBRATION_NAME
+from drafts.errors import EngineNotReady, StoreError
 from drafts.manifest import load_ensemble
 from drafts.store import DraftsStore
 from drafts.text import TextEncoder
-from osd.control import STALE_S, Control
+from osd.control import MEASURES, STALE_S, Control, TrainerStatus
 from osd.corpus import Text
 from osd.errors import SpoolError
+from osd.evaluate import Agreement
 from osd.pace import is_busy
 from osd.progress import Progress
-from osd.publish import stage
+from osd.publish import first_version, stage
 from osd.shards import conversation_key
 from osd.spool import START, Entry, open_spool
 from osd.status import Reporter
+from server.attempts import Attempts
 from server.capture import Capture
 from tests.calibrations import fake_calibration
 from tests.conftest import Service, run_service
@@ -141,6 +145,7 @@ async def test_a_service_with_osd_off_keeps_nothing_and_says_so(
             "object": "osd",
             "mode": "off",
             "paused": None,
+            "store_error": None,
             "spool": None,
             "trainer_alive": False,
             "trainer": None,
@@ -248,6 +253,19 @@ def test_too_many_conversations_are_dropped_and_counted(tmp_path: Path) -> None:
     capture.end(within_s=0.2)
     # All ten, but for the ones that were never written because the queue was full or ended.
     assert gauge_of("demur_spool_captured_total", outcome="dropped") - before == 10
+
+
+def test_what_waits_is_bounded_in_tokens_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.capture._MAX_TOKENS", 25)
+    capture = Capture(lambda: open_spool(str(tmp_path / "spool.sqlite")), 100)
+    for number in range(5):
+        capture.offer(1, [number] * 10, 2)
+    assert capture.queued == 2
+    assert capture.forget() == 2
+    capture.offer(1, [7] * 25, 2)
+    assert capture.queued == 1
 
 
 def test_a_text_that_comes_again_is_kept_once(tmp_path: Path) -> None:
@@ -404,6 +422,86 @@ async def test_each_version_has_its_own_calibration_or_none(
         assert models["data"][0]["calibration"] == answer["calibration"]["id"]
         await service.client.post("/v1/drafts/rollback", json={"version": "v1"}, headers=ADMIN)
         assert (await score())["hallucination_score"] is not None
+
+
+async def test_a_version_that_ends_the_engine_is_not_tried_for_ever(
+    service: Service, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DraftsStore(str(tmp_path / "osd" / "drafts"))
+    follower = service.app.state.demur.serving.online.follower
+    await until(lambda: store.current_name() == "v1")
+    swap, tried = service.engine.swap, []
+
+    async def fatal(folder: Path, target_path: Path | None = None) -> None:
+        tried.append(load_ensemble(folder, target_path).manifest.weights_version)
+        raise EngineNotReady("a worker died")
+
+    monkeypatch.setattr(service.engine, "swap", fatal)
+    store.publish(another_version(folder, tmp_path, "v2"), about={})
+    await until(lambda: len(tried) == 1)
+    with pytest.raises(EngineNotReady):  # as once the engine has been started again
+        await follower.look(again=True)
+    for _ in range(3):
+        with pytest.raises(StoreError, match="v2 has twice ended the engine"):
+            await follower.look(again=True)
+    assert tried == ["v2", "v2"]
+    # It is known to the next process, too.
+    assert Attempts(tmp_path / "osd" / "served" / "attempts").too_many("v2")
+    assert gauge_of("demur_drafts_current_served") == 0
+    # Another version is none of its business, and whoever asks for it gets it.
+    monkeypatch.setattr(service.engine, "swap", swap)
+    store.publish(another_version(folder, tmp_path, "v3"), about={})
+    await until(lambda: service.engine.weights_version == "v3")
+    answer = await service.client.post("/v1/drafts/rollback", json={"version": "v2"}, headers=ADMIN)
+    assert answer.status_code == 200, answer.text
+    assert service.engine.weights_version == "v2"
+    assert gauge_of("demur_drafts_current_served") == 1
+
+
+async def test_a_store_that_is_away_is_told_and_costs_nothing_else(
+    service: Service, tmp_path: Path
+) -> None:
+    place = tmp_path / "osd" / "drafts"
+    await until(lambda: (place / "current").exists())
+    place.rename(tmp_path / "away")
+    place.write_text("no folder")
+    await until(lambda: gauge_of("demur_drafts_store_up") == 0)
+    answer = await service.client.get("/v1/osd", headers=ADMIN)
+    assert answer.status_code == 200, answer.text
+    status = answer.json()
+    assert status["store_error"]
+    assert status["trainer"] is None
+    assert status["spool"]["texts"] == 0
+    place.unlink()
+    (tmp_path / "away").rename(place)
+    await until(lambda: gauge_of("demur_drafts_store_up") == 1)
+    assert (await service.client.get("/v1/osd", headers=ADMIN)).json()["store_error"] is None
+
+
+def test_a_first_publication_that_fails_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DraftsStore, "publish", full)
+    work = tmp_path / "work"
+    with pytest.raises(OSError, match="No space"):
+        first_version(DraftsStore(str(tmp_path / "store")), load_ensemble(folder), work)
+    assert list(work.iterdir()) == []
+
+
+def test_a_status_names_known_measures_only(tmp_path: Path) -> None:
+    assert Agreement._fields == MEASURES
+    control = Control(DraftsStore(str(tmp_path)))
+    Reporter(control).report("training", Progress.new("v1", 2, "a spool"))
+    status = control.status()
+    assert status is not None
+    given = dict.fromkeys(MEASURES, 0.1)
+    told = status.model_dump() | {"traffic": given}
+    assert TrainerStatus.model_validate(told).traffic == given
+    with pytest.raises(ValidationError, match="1 unknown measures"):
+        TrainerStatus.model_validate(told | {"traffic": given | {"x" * 1000: 1.0}})
 
 
 async def test_pause_resume_and_what_the_trainer_reports(service: Service, tmp_path: Path) -> None:
