@@ -26,8 +26,14 @@ export const options = {
 export default function () {
   const number = exec.scenario.iterationInTest;
   const id = `${plan.name}-${number}`;
+  const body = Object.assign({}, texts[number % texts.length]);
+  const turn = Math.floor(number / texts.length);
+  if (turn > 0) {
+    // Another conversation: one that comes again is not kept for distillation.
+    body.messages = [{ role: "user", content: `${body.messages[0].content} (${turn})` }];
+  }
   const sent = Date.now();
-  const answer = http.post(`${plan.url}/v1/score`, JSON.stringify(texts[number % texts.length]), {
+  const answer = http.post(`${plan.url}/v1/score`, JSON.stringify(body), {
     headers: {
       "Content-Type": "application/json",
       "X-Request-Id": id,

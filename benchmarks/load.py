@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,7 @@ def main() -> None:
             print(f"capacity: {capacity:.2f} texts a second", flush=True)
             records = open_loop(service, bodies, capacity, folder, arguments)
             memory = memory_of(service)
+            generator = cpu_of_ended_children()  # k6 alone: the service still runs
         told = told_by(folder / "serve.log")
     result = {
         "machine": machine(),
@@ -65,6 +67,7 @@ def main() -> None:
             "hold, s": arguments.hold_s,
         },
         "resident memory at the end, MiB": memory,
+        "processor time of the generator, s": round(generator, 1),
         **judge(records, told, capacity, arguments),
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -253,6 +256,12 @@ def memory_of(service: Service) -> int:
 
     assert service.process is not None
     return int(psutil.Process(service.process.pid).memory_info().rss >> 20)
+
+
+def cpu_of_ended_children() -> float:
+    """In seconds, of all cores together."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _goal(

