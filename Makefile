@@ -37,12 +37,15 @@ serve: setup
 	@$(BIN)/demur init
 	@$(BIN)/demur serve
 
+# Two workers: while one waits for an engine to start, the other computes.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 # Without the tests that start a vLLM engine.
 test-fast: setup
-	@$(BIN)/python -m pytest -q -m "not engine"
+	@$(PYTEST) -m "not engine"
 
 lint: setup docker-lint
 	@$(BIN)/ruff check .

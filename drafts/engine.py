@@ -252,9 +252,10 @@ class Engine:
             self._held[slot] = None
             self._loading = True
             try:
-                problems = await self._call_workers(
-                    "swap_drafts", str(ensemble.folder), str(ensemble.target_path), slot
-                )
+                async with asyncio.timeout(_SWAP_WITHIN_S):
+                    problems = await self._call_workers(
+                        "swap_drafts", str(ensemble.folder), str(ensemble.target_path), slot
+                    )
                 if refused := [problem for problem in problems if problem]:
                     if len(refused) < len(problems):
                         raise RuntimeError(f"some workers refused it: {refused[0]}")
@@ -264,7 +265,9 @@ class Engine:
             except WeightsError:
                 raise
             except Exception as error:
-                if len(self._gates) > 1 and self._llm is not None and not self._llm.errored:
+                hangs = isinstance(error, TimeoutError)
+                alive = self._llm is not None and not self._llm.errored and not hangs
+                if len(self._gates) > 1 and alive:
                     # Only the slot that nobody uses is in an unknown state.
                     raise WeightsError(f"a swap of weights failed half-way ({error})") from error
                 self._broken = self._broken or f"a swap of weights failed half-way ({error})"

@@ -77,6 +77,7 @@ class DraftsStore:
             self._fs, path = fsspec.core.url_to_fs(os.path.expanduser(str(root)))
         except (ImportError, ValueError) as error:  # its package is missing; no such protocol
             raise StoreError(f"the drafts store {root} cannot be opened ({error})") from error
+        self._fs = _Told(self._fs)
         self._root = str(path).rstrip("/")
 
     def publish(self, folder: Path, *, about: dict[str, Any], make_current: bool = True) -> Version:
@@ -312,6 +313,30 @@ class DraftsStore:
             partial.replace(path)
         else:
             self._fs.pipe_file(path, text.encode())
+
+
+class _Told:
+    """A filesystem that raises `OSError` or `StoreError` only: a bucket's library has its own."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        if not callable(found):
+            return found
+
+        def told(*arguments: Any, **options: Any) -> Any:
+            try:
+                return found(*arguments, **options)
+            except OSError:
+                raise
+            except Exception as error:
+                raise StoreError(
+                    f"the drafts store does not answer ({type(error).__name__}: {error})"
+                ) from error
+
+        return told
 
 
 def _files(version: Version, folder: Path) -> dict[str, str]:

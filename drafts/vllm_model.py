@@ -9,7 +9,8 @@ model runner (`VLLM_USE_V2_MODEL_RUNNER=0`) and relies on:
   states after the given layers, ascending by layer.
 - `GPUModelRunner`: treats the returned hidden states as opaque rows, hands `compute_logits` the
   rows it wants scored, and with `logprobs_mode="raw_logits"` returns raw top-k values of its
-  result, prompt rows through `_get_prompt_logprobs_dict`, sampled rows through `Sampler`.
+  result, prompt rows through `_get_prompt_logprobs_dict`, which is done with those of a request
+  before it asks for the next one's, sampled rows (`max_num_seqs` at most) through `Sampler`.
 - `LogitsProcessor.update_state` (with `process_dict_updates`), called with each change of the
   persistent batch before the forward pass; `ForwardContext.attn_metadata[layer].query_start_loc`,
   which says where in the step's rows each request of that batch begins.
@@ -158,6 +159,9 @@ class EnsembleForCausalLM(nn.Module):
         # with the one they began with while others begin with the next.
         slots = 0 if not students else 1 if ensemble.has_states else 2
         self.students: Any = nn.ModuleList(ResidualGroup(students) for _ in range(slots))
+        scheduler = vllm_config.scheduler_config
+        self._max_sampled, self._max_rows = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self._prompt_logits: Tensor | None = None
         # Columns of a row that `forward` returns.
         d = ensemble.target_config.hidden_size
         own = [member.config.hidden_size for member in ensemble.members if _is_run(member)]
@@ -196,8 +200,7 @@ class EnsembleForCausalLM(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def compute_logits(self, rows_TX: Tensor) -> Tensor:
-        shape = (rows_TX.shape[0], self.vocab_size + channel.M)
-        out_TW = torch.empty(shape, dtype=torch.float32, device=rows_TX.device)
+        out_TW = self._empty_logits(rows_TX)
         for start in range(0, rows_TX.shape[0], _LOGIT_ROWS):
             block = slice(start, start + _LOGIT_ROWS)
             self._logits_block(rows_TX[block], out_TW[block])
@@ -217,6 +220,17 @@ class EnsembleForCausalLM(nn.Module):
         return loaded | {name for name, _ in self.named_parameters() if name.startswith(drafts)}
 
     # Logits and measures.
+
+    def _empty_logits(self, rows_TX: Tensor) -> Tensor:
+        """Room for the result, [T, V + M] float32."""
+        rows, width = rows_TX.shape[0], self.vocab_size + channel.M
+        if rows_TX.device.type != "cpu" or rows <= self._max_sampled:
+            return torch.empty(rows, width, dtype=torch.float32, device=rows_TX.device)
+        # Rows of a prompt, of which the runner is done before it asks for the next ones. Another
+        # place of another size for each would leave holes in the heap, which grows with them.
+        if self._prompt_logits is None or len(self._prompt_logits) < rows:
+            self._prompt_logits = torch.empty(max(rows, self._max_rows), width, dtype=torch.float32)
+        return self._prompt_logits[:rows]
 
     def _logits_block(self, rows_BX: Tensor, out_BW: Tensor) -> None:
         h_Bd, *states, wanted_B1 = torch.split(rows_BX, self.widths, dim=-1)

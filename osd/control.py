@@ -9,20 +9,34 @@ Two small files beside the versions of the drafts, so that whoever reaches these
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from drafts.errors import StoreError
 from drafts.store import DraftsStore
 
 _PAUSED, _STATUS = "osd/paused", "osd/status.json"
-# A trainer writes every few seconds, but not while it judges a version, which takes minutes.
+# A trainer writes every few seconds; less often while it judges a version on a busy machine.
 STALE_S = 900.0
 
 Activity = Literal[
     "starting", "waiting", "training", "judging", "resting", "paused", "stuck", "stopped"
 ]
+
+
+# Fields of `osd.evaluate.Agreement`.
+MEASURES = ("kl_drafts", "kl_mixture", "jsd", "epistemic", "reference", "rmse")
+
+
+def _known(measured: dict[str, float]) -> dict[str, float]:
+    # Each becomes a metric: who can write to the store must not be able to make them without end.
+    if unknown := set(measured) - set(MEASURES):
+        raise ValueError(f"{len(unknown)} unknown measures")
+    return measured
+
+
+_Measured = Annotated[dict[str, float], AfterValidator(_known)]
 
 
 class LastVerdict(BaseModel):
@@ -63,10 +77,10 @@ class TrainerStatus(BaseModel):
     published: int
     refused: int
     taken_back: int
-    traffic: dict[str, float] | None = Field(
+    traffic: _Measured | None = Field(
         description="of the version that serves, on held-out traffic, nats"
     )
-    reference: dict[str, float] | None = Field(
+    reference: _Measured | None = Field(
         description="of the version that serves, on the reference set, nats"
     )
     last_verdict: LastVerdict | None

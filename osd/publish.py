@@ -78,13 +78,13 @@ def first_version(store: DraftsStore, ensemble: Ensemble, work: Path) -> Version
         if store.versions():  # there is one, and something else is wrong
             raise
     staged = work / f"first-{uuid.uuid4().hex}"  # of replicas on one machine, each its own
-    stage(ensemble, staged)
     try:
-        version = store.publish(staged, about={"made by": "the ensemble that the service has"})
+        stage(ensemble, staged)
+        return store.publish(staged, about={"made by": "the ensemble that the service has"})
     except StoreError:  # another replica did the same a moment ago
-        version = store.current()
-    shutil.rmtree(staged, ignore_errors=True)
-    return version
+        return store.current()
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def open_version(store: DraftsStore, version: Version, ensemble: Ensemble, work: Path) -> Ensemble:

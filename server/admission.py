@@ -46,6 +46,7 @@ class Admission:
             QueueFull: if there are not so many; none is held then.
         """
         if self.pending + items > self.max_pending:
+            metrics.REFUSED.labels("queue").inc()
             raise QueueFull(
                 f"{self.pending} items are pending and at most {self.max_pending} may be; "
                 "try again later",
@@ -54,6 +55,7 @@ class Admission:
         wait, bound = self.wait.estimate_s(), _OF_DEADLINE * self.within_s
         # A few always get in: only side by side do they show at what pace an engine batches.
         if wait > bound and self.wait.waiting >= _ALWAYS_IN:
+            metrics.REFUSED.labels("wait").inc()
             raise QueueFull(
                 f"it would wait for the engine for about {wait:.0f} s and has to be done within "
                 f"{self.within_s:g} s; try again later",

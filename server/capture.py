@@ -23,6 +23,7 @@ _AT_ONCE = 256
 _LOOK_EVERY_S = 0.2
 _TRIM_EVERY_S = 60.0
 _WAITS_S = (0.2, 1.0, 5.0)  # after errors in a row; the last one from then on
+_MAX_TOKENS = 2**22  # that wait, at some 36 bytes each
 _KNOWN = 20_000  # texts that are remembered, so that one that comes again is not kept again
 
 
@@ -43,6 +44,8 @@ class Capture:
     def __init__(self, open_spool: Callable[[], Spool], max_queued: int) -> None:
         self._open = open_spool
         self._queue: queue.Queue[Text] = queue.Queue(max_queued)
+        self._tokens = 0  # of what is in the queue
+        self._counting = threading.Lock()
         self._known: OrderedDict[int, None] = OrderedDict()
         self._writing = threading.Lock()
         self._forgotten = 0  # how often what waited was dropped
@@ -64,9 +67,7 @@ class Capture:
             metrics.CAPTURED.labels("repeated").inc()
             return
         try:
-            self._queue.put_nowait(
-                Text(key=key, response_start=response_start, token_ids=token_ids)
-            )
+            self._put(Text(key=key, response_start=response_start, token_ids=token_ids))
         except queue.Full:
             known.pop(digest, None)  # it may come again
             metrics.CAPTURED.labels("dropped").inc()
@@ -77,6 +78,19 @@ class Capture:
         """How many wait for the spool."""
         return self._queue.qsize()
 
+    def _put(self, text: Text) -> None:
+        with self._counting:
+            if self._tokens + len(text.token_ids) > _MAX_TOKENS:
+                raise queue.Full
+            self._queue.put_nowait(text)
+            self._tokens += len(text.token_ids)
+
+    def _get(self) -> Text:
+        with self._counting:
+            text = self._queue.get_nowait()
+            self._tokens -= len(text.token_ids)
+        return text
+
     def forget(self) -> int:
         """Drop what waits; how many that were. It waits for a batch that is being written."""
         with self._writing:
@@ -84,7 +98,7 @@ class Capture:
             dropped = 0
             with suppress(queue.Empty):
                 while True:
-                    self._queue.get_nowait()
+                    self._get()
                     dropped += 1
             self._known = OrderedDict()
         return dropped
@@ -149,7 +163,7 @@ class Capture:
         with self._writing:  # so that `forget` finds a text in the queue, or in a batch of before
             with suppress(queue.Empty):
                 while len(texts) < _AT_ONCE:
-                    texts.append(self._queue.get_nowait())
+                    texts.append(self._get())
             return _Batch(texts, uuid.uuid4().hex, self._forgotten)
 
 

@@ -37,7 +37,7 @@ def serve(
     from osd.errors import OsdError
     from osd.online_config import read_online_config
     from server.app import create_app
-    from server.connections import listening_server
+    from server.connections import listening_server, raise_file_limit
     from server.logs import configure_logging
     from server.settings import read_settings
     from server.tracing import configure_tracing
@@ -59,6 +59,7 @@ def serve(
     except (ValueError, DraftsError, OsdError) as error:  # pydantic's, TOML's and ours
         _fail(error)
     configure_logging(settings.log_level, settings.log_format)
+    raise_file_limit()
     server = listening_server(app, settings, at_end=configure_tracing())
     # Before the engine is loaded, which takes long: a port in use ends the process at once.
     try:

@@ -121,13 +121,15 @@ class _Body:
 def _observe(scope: Scope, route: str, status: int, seconds: float) -> None:
     metrics.REQUESTS.labels(route, status).inc()
     metrics.REQUEST_SECONDS.labels(route).observe(seconds)
-    # Probes come every few seconds and would bury the rest.
-    level = logging.DEBUG if route in _PROBES else logging.INFO
+    # Probes come every few seconds and would bury the rest; not those that are refused.
+    quiet = route in _PROBES and (status < 400 or status == 503)
     key = scope.get("state", {}).get("key")
+    name = key.name if key is not None else None
     facts = {"method": scope["method"], "route": route, "status": status, "seconds": seconds}
     logger.log(
-        level,
-        "%s %s %d %.3fs",
+        logging.DEBUG if quiet else logging.INFO,
+        "%s %s %d %.3fs %s",
         *facts.values(),
-        extra=facts | {"key": key.name if key is not None else None},
+        name or "-",
+        extra=facts | {"key": name},
     )

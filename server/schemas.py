@@ -349,6 +349,9 @@ class OsdStatus(BaseModel):
     mode: Literal["off", "capture", "train"] = Field(description="of this service")
     paused: str | None = Field(description="why the trainer rests, if it does")
     spool: SpoolStatus | None = Field(description="null if this service keeps no conversations")
+    store_error: str | None = Field(
+        description="why the drafts store, and what the trainer tells there, cannot be read"
+    )
     trainer_alive: bool = Field(description="has it reported lately?")
     trainer: TrainerStatus | None = Field(description="its last report; null if there was none")
 

@@ -10,6 +10,8 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,13 +24,43 @@ from server import metrics, schemas, tracing
 from server.admission import Admission
 from server.budgets import Budgets
 from server.capture import Capture
-from server.errors import ApiError, DeadlineExceeded, from_validation
+from server.errors import ApiError, DeadlineExceeded, TooLarge, from_validation
 from server.judgement import judge
 from server.keys import Key
 from server.served import Served, told_to_clients
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# Of all answers of a list together: each becomes an object and some 300 bytes of JSON.
+_MAX_LIST_TOKENS = 2**18
+
+
+class _ListRoom:
+    """The tokens that a list's answer still has room for."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_LIST_TOKENS
+
+    @contextmanager
+    def holds(self, tokens: int) -> Iterator[None]:
+        """Room for an item's answer, given back if there is none.
+
+        Raises:
+            TooLarge: if too little is left.
+        """
+        if tokens > self._left:
+            raise TooLarge(
+                f"the responses of a list may have {_MAX_LIST_TOKENS} tokens together; send this "
+                "one in another request",
+                code="list_too_long",
+            )
+        self._left -= tokens
+        try:
+            yield
+        except BaseException:
+            self._left += tokens
+            raise
 
 
 class Scorer:
@@ -49,12 +81,15 @@ class Scorer:
         self.capture = capture
 
     async def score(
-        self, request: schemas.ScoreRequest, key: Key | None = None
+        self,
+        request: schemas.ScoreRequest,
+        key: Key | None = None,
+        room: _ListRoom | None = None,
     ) -> schemas.ScoreResponse:
         """Score one response within the deadline; `ApiError` says why it could not be."""
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
-                answer = await self._score(request, key)
+                answer = await self._score(request, key, room)
         except TimeoutError:
             metrics.ITEMS.labels(DeadlineExceeded.code).inc()
             raise DeadlineExceeded(
@@ -66,16 +101,19 @@ class Scorer:
         metrics.ITEMS.labels("ok").inc()
         return answer
 
-    async def _score(self, request: schemas.ScoreRequest, key: Key | None) -> schemas.ScoreResponse:
+    async def _score(
+        self, request: schemas.ScoreRequest, key: Key | None, room: _ListRoom | None
+    ) -> schemas.ScoreResponse:
         self.served.check_model(request.model)
         with tracing.operation("score", self.served.name) as span:
             with told_to_clients():
                 with tracing.stage("tokenise"):
                     text = await asyncio.to_thread(self._encode, request)
-                await self.budgets.tokens(key, len(text.token_ids))
-                with tracing.stage("engine"), self.admission.wait.waits() as first_answer:
-                    scores = await self.served.engine.score(text.token_ids, text.response_start)
-                    first_answer()
+                with nullcontext() if room is None else room.holds(len(text.tokens)):
+                    await self.budgets.tokens(key, len(text.token_ids))
+                    with tracing.stage("engine"), self.admission.wait.waits() as first_answer:
+                        scores = await self.served.engine.score(text.token_ids, text.response_start)
+                        first_answer()
             with tracing.stage("measure"):
                 answer = self._answer(request, text, scores)
             tracing.describe_score(span, answer)
@@ -112,13 +150,14 @@ class Scorer:
     async def score_list(self, items: list[Any], key: Key | None = None) -> schemas.ScoreList:
         """Score a list; a bad item fails alone."""
         # A bound on each list, so that a long one leaves the engine room for other clients.
-        room = asyncio.Semaphore(self.settings.batch_concurrency)
+        turn = asyncio.Semaphore(self.settings.batch_concurrency)
+        room = _ListRoom()
 
         async def one(index: int, item: Any) -> schemas.ScoreListItem:
             try:
                 request = schemas.ScoreRequest.model_validate(item)
-                async with room:
-                    score = await self.score(request, key)
+                async with turn:
+                    score = await self.score(request, key, room)
                 return schemas.ScoreListItem(index=index, score=score)
             except ValidationError as error:
                 failure: ApiError = from_validation(error)
@@ -127,6 +166,7 @@ class Scorer:
                 failure = error
             except Exception:  # one item's accident must not cost the others their scores
                 logger.exception("item %d failed", index)
+                metrics.ITEMS.labels("internal_error").inc()
                 failure = ApiError("internal error; the server's log has the details")
             return schemas.ScoreListItem(index=index, error=schemas.ErrorBody(**failure.body()))
 

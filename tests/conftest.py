@@ -5,6 +5,8 @@ import os
 
 # Tests speak to no hub, and to no service that the user runs. Before any import that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests of two workers share the cores: threads that wait for one another must not spin meanwhile.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 for _name in [name for name in os.environ if name.startswith("DEMUR_")]:
     del os.environ[_name]
 
@@ -27,6 +29,11 @@ from tests.tiny import byte_level_tokenizer, save_tokenizer
 # No test asserts how long something takes: the machine may be busy.
 hypothesis.settings.register_profile("demur", deadline=None)
 hypothesis.settings.load_profile("demur")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that workers end together: those that start an engine."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
 
 
 @pytest.fixture(scope="session")

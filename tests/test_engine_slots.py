@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafts.engine import Engine
-from drafts.errors import WeightsError
+from drafts.errors import EngineNotReady, WeightsError
 from drafts.init import write_manifest
 from drafts.manifest import load_ensemble
 from drafts.reference import Reference
@@ -191,3 +191,16 @@ async def test_a_version_that_cannot_be_used_spoils_neither_slot(
     await engine.swap(versions["v2"])
     scores = await asyncio.gather(*(engine.score(*text) for text in texts))
     assert_close(scores, expected(versions["v2"], texts))
+
+
+async def test_zz_a_worker_that_hangs_in_a_swap_is_an_engine_that_has_failed(
+    engine: Engine, versions: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of this engine."""
+    monkeypatch.setattr("drafts.engine._SWAP_WITHIN_S", 0.0)
+    with pytest.raises(EngineNotReady, match="half-way"):
+        await engine.swap(versions["v3"])
+    with pytest.raises(EngineNotReady):
+        await engine.check_health()
+    with pytest.raises(EngineNotReady):
+        await engine.score(*some_texts(1, count=1)[0])

@@ -136,7 +136,9 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(
 def test_an_interrupt_ends_it_cleanly(service: EvalService, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "gsm8k-generate"
     service.mishap = lambda body: Mishap(None) if len(service.greedy) > 6 else None
-    command = [sys.executable, "-c", DEMUR, *arguments(data, tmp_path)]
+    # As a terminal starts it: a run of tests in the background would hand down that it is ignored.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [sys.executable, "-c", heard + DEMUR, *arguments(data, tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         wait_until(lambda: bool(kept(run)) and service.under_way == CONCURRENCY)
         process.send_signal(signal.SIGINT)

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from drafts.text import TextEncoder
 from server.app import create_app
@@ -193,6 +195,48 @@ async def test_items_of_a_list_fail_each_in_their_way(service: Service) -> None:
         "model_not_found",
         "context_length_exceeded",
     ]
+
+
+async def test_the_answers_of_a_list_are_bounded_together(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = (await service.score(**GOOD)).json()["usage"]["completion_tokens"]
+    monkeypatch.setattr("server.scoring._MAX_LIST_TOKENS", 2 * alone + 1)
+    data = (await service.client.post("/v1/score", json=[GOOD] * 4)).json()["data"]
+    # Which two is not told: the items are tokenised side by side.
+    refused = [item["error"]["code"] for item in data if item["score"] is None]
+    assert refused == ["list_too_long"] * 2
+    assert (await service.score(**GOOD)).status_code == 200
+
+
+def failing_once(score: Callable[..., Any]) -> Callable[..., Any]:
+    asked = []
+
+    async def fails_once(token_ids: Any, response_start: int) -> Any:
+        asked.append(token_ids)
+        if len(asked) == 1:
+            raise RuntimeError("an accident")
+        return await score(token_ids, response_start)
+
+    return fails_once
+
+
+async def test_an_item_that_fails_leaves_its_room_to_the_others(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async for service in run_service(encoder, batch_concurrency=1):
+        alone = (await service.score(**GOOD)).json()["usage"]["completion_tokens"]
+        monkeypatch.setattr("server.scoring._MAX_LIST_TOKENS", alone)
+        monkeypatch.setattr(service.engine, "score", failing_once(service.engine.score))
+        outcome = {"outcome": "internal_error"}
+        before = REGISTRY.get_sample_value("demur_items_total", outcome) or 0
+        data = (await service.client.post("/v1/score", json=[GOOD] * 3)).json()["data"]
+        assert [item["error"] and item["error"]["code"] for item in data] == [
+            "internal_error",
+            None,
+            "list_too_long",
+        ]
+        assert REGISTRY.get_sample_value("demur_items_total", outcome) == before + 1
 
 
 async def test_a_list_over_the_limit_is_refused(service: Service) -> None:

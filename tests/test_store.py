@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from drafts.errors import StoreError, WeightsError
 from drafts.manifest import load_ensemble
@@ -151,3 +152,18 @@ def test_what_cannot_be_served_is_not_published(
     with pytest.raises(StoreError, match=f"'{entries[0]['name']}' lie outside"):
         store.publish(apart, about={})
     assert [version.name for version in store.versions()] == ["v1"]
+
+
+def test_what_a_bucket_raises_is_told_as_the_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoAnswer(Exception):
+        """As botocore's EndpointConnectionError: no OSError."""
+
+    def no_answer(*arguments: object, **options: object) -> None:
+        raise NoAnswer("no route to the bucket")
+
+    store = DraftsStore("memory://drafts")
+    for name in ("info", "exists", "cat_file", "ls"):
+        monkeypatch.setattr(MemoryFileSystem, name, no_answer)
+    for ask in (store.current_name, store.versions, store.current):
+        with pytest.raises(StoreError, match="NoAnswer: no route to the bucket"):
+            ask()
