@@ -8,7 +8,7 @@ TORCH := torch==2.13.0+cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := .venv/.ready
-INPUTS := requirements/cpu.txt pyproject.toml clients/pyproject.toml Makefile
+INPUTS := requirements/cpu.txt pyproject.toml clients/pyproject.toml Makefile drafts/passes.c
 
 .PHONY: setup demo serve test test-fast lint docker-lint format bench lock openapi drafts clean
 

@@ -13,6 +13,11 @@ RUN pip install --no-deps torch==2.13.0+cpu \
 COPY requirements/serve-cpu.txt /src/requirements/
 # --no-deps: the lock is the whole list, and pip's resolver would add a CUDA build of torchvision.
 RUN pip install --no-deps -r /src/requirements/serve-cpu.txt
+# For drafts/passes.c.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY clients clients

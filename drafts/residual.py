@@ -34,9 +34,9 @@ N_CONFIDENCE = 4
 LOCAL_TOKENS = 256
 LOCAL_STEPS = 5
 _LOCAL_ROWS = 64  # whose directions are gathered at once
-_SMALL = 1e-3  # a scale at which KL is of second order
-_LOG_SCALES = (-20.0, math.log(2.0))  # least and greatest
-_TINY = 1e-12
+SMALL_SCALE = 1e-3  # a scale at which KL is of second order
+LOG_SCALES = (-20.0, math.log(2.0))  # least and greatest
+TINY = 1e-12
 
 
 # Far beyond any head; products of three stay numbers that torch can count with, and all are held
@@ -162,17 +162,38 @@ def local_scale(change_KTn: Tensor, top_Tn: Tensor, kl_ST: Tensor, mean_SK: Tens
         mean_KT1 = (q_KTn * change_KTn).sum(-1, keepdim=True)
         variance_KT = (q_KTn * (change_KTn - mean_KT1).square()).sum(-1)
         kl_KT = (q_KTn * (logq_KTn - logp_Tn)).sum(-1)
-        return (mean_SK @ kl_KT).clamp_min(_TINY), s_ST.square() * (mean_SK @ variance_KT)
+        return (mean_SK @ kl_KT).clamp_min(TINY), s_ST.square() * (mean_SK @ variance_KT)
 
     # To second order, KL is half its derivative by log s and grows as s^2: the first guess.
-    _, slope = mean_kl(torch.full_like(kl_ST, _SMALL))
-    log_s = math.log(_SMALL) + 0.5 * ((2 * kl_ST).clamp_min(_TINY) / (slope + _TINY)).log()
-    log_s = log_s.clamp(*_LOG_SCALES)
+    _, slope = mean_kl(torch.full_like(kl_ST, SMALL_SCALE))
+    log_s = math.log(SMALL_SCALE) + 0.5 * ((2 * kl_ST).clamp_min(TINY) / (slope + TINY)).log()
+    log_s = log_s.clamp(*LOG_SCALES)
     for _ in range(LOCAL_STEPS):
         found, slope = mean_kl(log_s.exp())
-        step = (kl_ST.clamp_min(_TINY).log() - found.log()) * found / slope.clamp_min(_TINY)
-        log_s = (log_s + step.clamp(-1, 1)).clamp(*_LOG_SCALES)
+        step = (kl_ST.clamp_min(TINY).log() - found.log()) * found / slope.clamp_min(TINY)
+        log_s = (log_s + step.clamp(-1, 1)).clamp(*LOG_SCALES)
     return log_s.exp()
+
+
+def network_inputs(states: list[Tensor], confidence_T4: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a student's network reads, [T, inputs]: h, the taps, and `confidence`."""
+    # Hidden states differ in scale by orders of magnitude between layers, hence the norms.
+    normed = [F.rms_norm(state.float(), state.shape[-1:]) for state in states]
+    return torch.cat([*normed, confidence_T4.float()], dim=-1).to(dtype)
+
+
+def moves_of(config: ResidualConfig, out_To: Tensor, kl_T: Tensor | None) -> Moves:
+    """The distribution that a student's network has put out."""
+    rank = config.rank
+    sizes = [rank, rank, rank * config.factors]
+    mu, raw_sigma, phi = torch.split(out_To.float(), sizes, dim=-1)
+    return Moves(mu, phi.reshape(-1, rank, config.factors), F.softplus(raw_sigma), kl_T)
+
+
+def kl_of(out_T1: Tensor) -> Tensor:
+    """The mean KL(q_k || p) that a student's network estimates, in nats; the last dimension, of 1,
+    is gone."""
+    return F.softplus(out_T1.float()).squeeze(-1)
 
 
 class ResidualHead(nn.Module):
@@ -222,18 +243,10 @@ class ResidualHead(nn.Module):
             taps: those after the layers of the config, [T, d] each.
             confidence_T4: `confidence` of the target's logits.
         """
-        # Hidden states differ in scale by orders of magnitude between layers, hence the norms.
-        states = [F.rms_norm(state.float(), state.shape[-1:]) for state in (h_Td, *taps)]
-        x = torch.cat([*states, confidence_T4.float()], dim=-1).to(self.up.weight.dtype)
+        x = network_inputs([h_Td, *taps], confidence_T4, self.up.weight.dtype)
         hidden = F.silu(self.up(x))
-        out = self.down(hidden).float()
-        mu, rest = out.split([self.config.rank, out.shape[-1] - self.config.rank], dim=-1)
-        raw_sigma, phi = rest.split([self.config.rank, rest.shape[-1] - self.config.rank], dim=-1)
-        shape = (-1, self.config.rank, self.config.factors)
-        kl_T = None
-        if self.config.scaled:
-            kl_T = F.softplus(self.divergence(hidden).float()).squeeze(-1)
-        return Moves(mu, phi.reshape(shape), F.softplus(raw_sigma), kl_T)
+        kl_T = kl_of(self.divergence(hidden)) if self.config.scaled else None
+        return moves_of(self.config, self.down(hidden), kl_T)
 
     def drawn(
         self, moves: Moves, directions_Vr: Tensor, logits_TV: Tensor, draws: list[int]
