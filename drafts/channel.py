@@ -9,6 +9,9 @@ loses at most 4e-6 nats on them. NaN or infinity travels as 1, which no value ca
 
     log_z     log of the sum of the shifted exponentials, in [0, ln V]; logprob = logit - log_z
     entropy, total, jsd, kl     as in `drafts.divergence`
+
+The tokens of a prompt go another way (`drafts.vllm_prompts`): what vLLM carries as its prompt's
+log-probs are their own log-prob and the plain values of the columns.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from drafts.errors import NonFiniteError
 
 COLUMNS = ("log_z", "entropy", "total", "jsd", "kl")
 M = len(COLUMNS)
-# `SamplingParams.extra_args` key: index of the first token whose measures a request wants. Rows
-# before it (a long prompt, say) go through no draft's head.
+# `SamplingParams.extra_args` keys: index of the first token of a prompt whose measures a request
+# wants, and of the first that is sampled. What stands before goes through no LM head.
+SCORE_FROM = "demur_score_from"
 MEASURE_FROM = "demur_measure_from"
 # The same, for which of the residual drafts' versions in memory measures a request.
 SLOT = "demur_slot"
@@ -61,10 +65,15 @@ def decode(
     ):
         raise NonFiniteError("the engine returned tokens where the metric columns belong")
     columns = np.take_along_axis(values, order, -1)
-    if not (columns >= _OFFSET).all():
-        raise NonFiniteError(
-            "a forward pass gave NaN or infinity; a float16 overflow or damaged weights do that"
-        )
+    check_finite(np.where(columns >= _OFFSET, columns, np.nan))
     decoded = {name: columns[:, i] - _OFFSET for i, name in enumerate(COLUMNS)}
     decoded["logprob"] = logit_T - decoded["log_z"]
     return decoded
+
+
+def check_finite(values: NDArray[np.float64]) -> None:
+    """`NonFiniteError` if there is NaN or infinity among them."""
+    if not np.isfinite(values).all():
+        raise NonFiniteError(
+            "a forward pass gave NaN or infinity; a float16 overflow or damaged weights do that"
+        )

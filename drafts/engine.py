@@ -87,6 +87,7 @@ class Engine:
         processes.remember()
         engine = cls(llm, ensemble, config.max_model_len, processes)
         try:
+            await engine._call_workers("measure_prompts")
             # The first request compiles vLLM's small kernels; nobody should wait for that.
             await engine.score([0, 0, 0, 0], 1)
             await engine.generate([0], max_new_tokens=2)
@@ -140,8 +141,7 @@ class Engine:
         params_of = partial(scoring_params, response_start)
         async with aclosing(self._outputs(ids, params_of)) as outputs:
             [(final, version)] = [output async for output in outputs]
-        vocab = self._ensemble.vocab_size
-        return read_prompt(final.prompt_logprobs, response_start, vocab, version)
+        return read_prompt(final.prompt_logprobs, version)
 
     async def stream(
         self, token_ids: Sequence[int], sampling: Sampling

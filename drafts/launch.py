@@ -23,6 +23,7 @@ from drafts.weights import read_member
 
 # Likeliest tokens that can be asked for beside each token; OpenAI's limit.
 MAX_TOP = 20
+_CPU_BLOCK = 32  # the least that vLLM's attention on a CPU is made for
 
 
 class EngineConfig(BaseModel):
@@ -103,6 +104,8 @@ def build(ensemble: Ensemble, config: EngineConfig) -> Any:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         kv_cache_memory_bytes=kv_cache,
+        # vLLM's 128 on a CPU is longer than most prompts, and shares whole blocks only.
+        block_size=_CPU_BLOCK if runs_on_cpu() else None,
         tensor_parallel_size=config.tensor_parallel_size,
         data_parallel_size=config.data_parallel_size,
         # Left alone, vLLM would spread its workers over Ray's machines wherever Ray runs.
@@ -112,7 +115,7 @@ def build(ensemble: Ensemble, config: EngineConfig) -> Any:
         logprobs_mode="raw_logits",
         max_logprobs=channel.M + MAX_TOP,
         logits_processors=["drafts.vllm_model:MaskMetricColumns"],
-        worker_extension_cls="drafts.vllm_model.SwapDrafts",
+        worker_extension_cls="drafts.vllm_model.WorkerMethods",
         generation_config="vllm",
         # Never pickles, never code of a model's folder.
         load_format="safetensors",

@@ -22,10 +22,11 @@ def scoring_params(response_start: int, slot: int) -> SamplingParams:
         max_tokens=1,
         temperature=0.0,
         prompt_logprobs=channel.M,
+        skip_reading_prefix_cache=False,  # see `drafts.plugin`
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={channel.MEASURE_FROM: response_start, channel.SLOT: slot},
+        extra_args={channel.SCORE_FROM: response_start, channel.SLOT: slot},
     )
 
 
@@ -48,15 +49,20 @@ def generation_params(sampling: Sampling, n_prompt: int, slot: int) -> SamplingP
     )
 
 
-def read_prompt(flat: Any, first: int, vocab: int, version: str) -> TokenScores:
-    """Measures of a prompt's tokens from `first` on, of vLLM's `FlatLogprobs`."""
-    # Row i is of token i: first the token itself, then the top M raw values.
+def read_prompt(flat: Any, version: str) -> TokenScores:
+    """Measures of a prompt's tokens, from vLLM's `FlatLogprobs`.
+
+    Raises:
+        NonFiniteError: if a forward pass gave NaN or infinity.
+    """
+    # Row 0 is of the first token, which nothing predicts; then the tokens that were asked for.
+    begin = flat.start_indices[1]
     width = channel.M + 1
-    begin = flat.start_indices[first]
     values = np.asarray(flat.logprobs[begin:], dtype=np.float64).reshape(-1, width)
-    ids = np.asarray(flat.token_ids[begin:], dtype=np.int64).reshape(-1, width)
     ranks = np.asarray(flat.ranks[begin:], dtype=np.int64).reshape(-1, width)[:, 0]
-    columns = channel.decode(values[:, 0], ids[:, 1:], values[:, 1:], vocab)
+    names = ("logprob", *channel.COLUMNS)
+    columns = {name: values[:, i] for i, name in enumerate(names)}
+    channel.check_finite(values)
     return _scores(columns, ranks, version)
 
 
@@ -88,14 +94,15 @@ def read_step(output: Any, top: int, vocab: int, version: str) -> Generated:
         [(token, raw - log_z) for token, raw in top]
         for top, log_z in zip(tops, decoded["log_z"].tolist(), strict=True)
     ]
-    scores = _scores(decoded, np.asarray(ranks, dtype=np.int64), version)
+    # vLLM counts the metric columns too; all lie above.
+    scores = _scores(decoded, np.asarray(ranks, dtype=np.int64) - channel.M, version)
     return Generated(ids, scores, likeliest, output.finish_reason, version)
 
 
 def _scores(columns: dict[str, Any], ranks: Any, version: str) -> TokenScores:
     return TokenScores(
         logprob=columns["logprob"],
-        rank=ranks - channel.M,  # vLLM counts the metric columns too; all lie above
+        rank=ranks,
         entropy=columns["entropy"],
         total=columns["total"],
         jsd=columns["jsd"],

@@ -7,10 +7,9 @@ model runner (`VLLM_USE_V2_MODEL_RUNNER=0`) and relies on:
   names must differ between members and hold no digit before the layer's index.
 - `SupportsEagle3.set_aux_hidden_state_layers` (EAGLE-3): the target then also returns its hidden
   states after the given layers, ascending by layer.
-- `GPUModelRunner`: treats the returned hidden states as opaque rows, hands `compute_logits` the
-  rows it wants scored, and with `logprobs_mode="raw_logits"` returns raw top-k values of its
-  result, prompt rows through `_get_prompt_logprobs_dict`, which is done with those of a request
-  before it asks for the next one's, sampled rows (`max_num_seqs` at most) through `Sampler`.
+- `GPUModelRunner`: treats the returned hidden states as opaque rows, hands `compute_logits` those
+  that it samples from (`max_num_seqs` at most), and with `logprobs_mode="raw_logits"` returns raw
+  top-k values of its result. What it does for a prompt's rows is replaced (`drafts.vllm_prompts`).
 - `LogitsProcessor.update_state` (with `process_dict_updates`), called with each change of the
   persistent batch before the forward pass; `ForwardContext.attn_metadata[layer].query_start_loc`,
   which says where in the step's rows each request of that batch begins.
@@ -23,10 +22,12 @@ model runner (`VLLM_USE_V2_MODEL_RUNNER=0`) and relies on:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,12 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from drafts import channel
-from drafts.divergence import block_rows, measure_block
 from drafts.errors import DraftsError
 from drafts.manifest import Ensemble, ExitDraft, Member, ModelDraft, ResidualDraft, load_ensemble
-from drafts.residual import ResidualHead
+from drafts.passes import TargetRows, measure_rows, target_rows
+from drafts.residual import LOCAL_TOKENS, ResidualHead
 from drafts.residual_group import ResidualGroup
+from drafts.vllm_prompts import measure_prompts
 from drafts.weights import read_member
 
 if TYPE_CHECKING:
@@ -53,8 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows whose logits are held at once, for each member: 128 x 152k x float32 are 78 MB.
-_LOGIT_ROWS = 128
+# Logits held at once, of all members, so that memory does not grow with the vocabulary.
+_HELD_LOGITS = 2**24
 
 
 class _MeasureFrom:
@@ -112,19 +114,6 @@ class MaskMetricColumns(LogitsProcessor):  # type: ignore[misc]
         )
 
 
-class _Draft(NamedTuple):
-    """A draft's logits of a block of rows; or, with a scale, how it changes the target's."""
-
-    values_BV: Tensor
-    scale_B: Tensor | None = None
-
-    def logits(self, part: slice, target_BV: Tensor, out_BV: Tensor) -> None:
-        """Write its logits of some of the rows as float32; those of the target are given."""
-        out_BV.copy_(self.values_BV[part])
-        if self.scale_B is not None:
-            torch.addcmul(target_BV, self.scale_B[part].unsqueeze(-1), out_BV, out=out_BV)
-
-
 class EnsembleForCausalLM(nn.Module):
     """A target and its drafts, scheduled, batched and paged by vLLM as one model.
 
@@ -159,14 +148,12 @@ class EnsembleForCausalLM(nn.Module):
         # with the one they began with while others begin with the next.
         slots = 0 if not students else 1 if ensemble.has_states else 2
         self.students: Any = nn.ModuleList(ResidualGroup(students) for _ in range(slots))
-        scheduler = vllm_config.scheduler_config
-        self._max_sampled, self._max_rows = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-        self._prompt_logits: Tensor | None = None
+        self._block = max(1, _HELD_LOGITS // ((1 + len(ensemble.members)) * self.vocab_size))
         # Columns of a row that `forward` returns.
         d = ensemble.target_config.hidden_size
         own = [member.config.hidden_size for member in ensemble.members if _is_run(member)]
-        taps = [d for config, _ in students for _ in config.taps]
-        self.widths = [d, *own, *taps, 1]
+        self.taps = sorted({layer for config, _ in students for layer in config.taps})
+        self.widths = [d, *own, *(d for _ in self.taps), 1]
 
     # What the runner calls.
 
@@ -194,17 +181,41 @@ class EnsembleForCausalLM(nn.Module):
                 parts.append(module(None, positions, inputs_embeds=state))
             elif isinstance(member.draft, ModelDraft):
                 parts.append(self.members[member.draft.name](input_ids, positions))
-        for config, _ in self.ensemble.students().values():
-            parts.extend(state_of[layer] for layer in config.taps)
+        parts.extend(state_of[layer] for layer in self.taps)
         parts.append(_measure_from.rows(positions).unsqueeze(-1).to(h_Td.dtype))
         return torch.cat(parts, dim=-1)
 
     def compute_logits(self, rows_TX: Tensor) -> Tensor:
-        out_TW = self._empty_logits(rows_TX)
-        for start in range(0, rows_TX.shape[0], _LOGIT_ROWS):
-            block = slice(start, start + _LOGIT_ROWS)
+        """The target's logits and the metric columns of rows to sample from, [T, V + M]."""
+        width = self.vocab_size + channel.M
+        out_TW = rows_TX.new_empty(rows_TX.shape[0], width, dtype=torch.float32)
+        for start in range(0, rows_TX.shape[0], self._block):
+            block = slice(start, start + self._block)
             self._logits_block(rows_TX[block], out_TW[block])
         return out_TW
+
+    def measure_prompt(self, rows_TX: Tensor, tokens_T: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        """Measures of given tokens, without logits of more than a block of rows at any time.
+
+        Args:
+            rows_TX: of `forward`; each predicts a token.
+            tokens_T: which, int64.
+            slot: of the residual drafts.
+
+        Returns:
+            Log-prob, then the metric columns' values, [T, 1 + M] float32, NaN where a forward pass
+            gave NaN or infinity; and the tokens' ranks, [T].
+        """
+        values, ranks = [], []
+        for start in range(0, rows_TX.shape[0], self._block):
+            block = slice(start, start + self._block)
+            h_Bd, *states, _ = torch.split(rows_TX[block], self.widths, dim=-1)
+            logits_BV = self.target.compute_logits(h_Bd.contiguous())
+            rows = target_rows(logits_BV, tokens_T[block], LOCAL_TOKENS)
+            columns_BM = self._measure(slot, h_Bd, states, logits_BV, rows)
+            values.append(torch.cat([rows.logprob.unsqueeze(-1), columns_BM], -1))
+            ranks.append(rows.rank)
+        return torch.cat(values), torch.cat(ranks)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the target from vLLM's iterator and each draft from its own folder.
@@ -220,17 +231,6 @@ class EnsembleForCausalLM(nn.Module):
         return loaded | {name for name, _ in self.named_parameters() if name.startswith(drafts)}
 
     # Logits and measures.
-
-    def _empty_logits(self, rows_TX: Tensor) -> Tensor:
-        """Room for the result, [T, V + M] float32."""
-        rows, width = rows_TX.shape[0], self.vocab_size + channel.M
-        if rows_TX.device.type != "cpu" or rows <= self._max_sampled:
-            return torch.empty(rows, width, dtype=torch.float32, device=rows_TX.device)
-        # Rows of a prompt, of which the runner is done before it asks for the next ones. Another
-        # place of another size for each would leave holes in the heap, which grows with them.
-        if self._prompt_logits is None or len(self._prompt_logits) < rows:
-            self._prompt_logits = torch.empty(max(rows, self._max_rows), width, dtype=torch.float32)
-        return self._prompt_logits[:rows]
 
     def _logits_block(self, rows_BX: Tensor, out_BW: Tensor) -> None:
         h_Bd, *states, wanted_B1 = torch.split(rows_BX, self.widths, dim=-1)
@@ -249,53 +249,50 @@ class EnsembleForCausalLM(nn.Module):
             if mark:
                 wanted = (wanted_B1.squeeze(-1) == mark).nonzero().squeeze(-1)
                 own = [state[wanted] for state in states]
-                self._measure(int(mark) - 1, wanted, h_Bd[wanted], own, out_BW)
+                shifted_BV = logits_BV[wanted]
+                no_tokens = torch.zeros_like(wanted)  # they are sampled later
+                rows = target_rows(shifted_BV, no_tokens, LOCAL_TOKENS)
+                values_BM = self._measure(int(mark) - 1, h_Bd[wanted], own, shifted_BV, rows)
+                columns_BM[wanted] = channel.encode(values_BM)
         columns_BM[broken_B] = channel.NOT_FINITE
 
     def _measure(
-        self, slot: int, wanted: Tensor, h_Bd: Tensor, states: list[Tensor], out_BW: Tensor
-    ) -> None:
-        """Fill the columns of the wanted rows, whose target's logits are there."""
-        target_BV = out_BW[:, : self.vocab_size][wanted]
-        drafts = self._drafts(slot, h_Bd, states, target_BV)
-        values_MB = out_BW.new_empty(channel.M, wanted.numel())
-        size = block_rows(len(drafts) * self.vocab_size, out_BW.device)
-        block_KBV = out_BW.new_empty(len(drafts), min(size, wanted.numel()), self.vocab_size)
-        for start in range(0, wanted.numel(), size):
-            part = slice(start, start + size)
-            logits_KBV = block_KBV[:, : len(target_BV[part])]
-            for draft, logits in zip(drafts, logits_KBV, strict=True):
-                draft.logits(part, target_BV[part], logits)
-            measure_block(logits_KBV, target_BV[part], values_MB[:, part])
-        out_BW[:, self.vocab_size :][wanted] = channel.encode(values_MB.T)
+        self, slot: int, h_Bd: Tensor, states: list[Tensor], logits_BV: Tensor, rows: TargetRows
+    ) -> Tensor:
+        """The values of the metric columns, [B, M]; the target's logits and what was read of them
+        are given."""
+        drafts_KBV, scale_KB = self._drafts(slot, h_Bd, states, rows)
+        total, jsd, kl = measure_rows(logits_BV, rows, drafts_KBV, scale_KB)
+        return torch.stack([rows.log_z, rows.entropy, total, jsd, kl], -1)
 
     def _drafts(
-        self, slot: int, h_Bd: Tensor, states: list[Tensor], target_BV: Tensor
-    ) -> list[_Draft]:
-        """What makes the logits of each draft."""
-        own, taps = states[: len(self.members)], states[len(self.members) :]
+        self, slot: int, h_Bd: Tensor, states: list[Tensor], rows: TargetRows
+    ) -> tuple[Tensor, Tensor]:
+        """What each draft adds to the target's logits before it is scaled, or its own logits,
+        [K, B, V]; and its factor, NaN where the logits are its own, [K, B]."""
+        own = states[: len(self.members)]
         members = list(zip(self.members.items(), own, strict=True))
-        drafts = [
-            _Draft(module.compute_logits(state))
+        parts = [
+            module.compute_logits(state.contiguous()).unsqueeze(0)
             for (name, module), state in members
             if name not in self.exits
         ]
         exits = [state for (name, _), state in members if name in self.exits]
-        students = self.students[slot] if len(self.students) else None
-        if not exits and students is None:
-            return drafts
-        moves, wanted = [], []
-        if students is not None:
-            moves, wanted = students.moves(h_Bd, taps, target_BV)
-        # All that the target's LM head is for at once: its weights are read once, not K times.
-        through_head = torch.cat([*exits, *moves]).contiguous()
-        heads = self.target.compute_logits(through_head).split(len(h_Bd))
-        drafts += [_Draft(logits) for logits in heads[: len(exits)]]
-        if students is not None:
-            changes = heads[len(exits) :]
-            scales = students.scales(changes, wanted, target_BV)
-            drafts += [_Draft(*pair) for pair in zip(changes, scales, strict=True)]
-        return drafts
+        if exits:
+            # The target's LM head at once for all: its weights are read once, not K times.
+            heads = self.target.compute_logits(torch.cat(exits).contiguous())
+            parts.append(heads.view(len(exits), len(h_Bd), -1))
+        scales = [rows.top.new_full((sum(map(len, parts)), len(h_Bd)), math.nan)]
+        if len(self.students):
+            students = self.students[slot]
+            if not students.is_prepared:  # the target's head is usable only after vLLM has begun
+                students.prepare(self.target.compute_logits)
+            taps = dict(zip(self.taps, states[len(own) :], strict=True))
+            moves_KBr, wanted = students.moves(h_Bd, taps, rows.confidence())
+            changes_KBV = students.changes(moves_KBr)
+            parts.append(changes_KBV)
+            scales.append(students.scales(changes_KBV, wanted, rows))
+        return parts[0] if len(parts) == 1 else torch.cat(parts), torch.cat(scales)
 
     # Weights.
 
@@ -332,6 +329,8 @@ class EnsembleForCausalLM(nn.Module):
             logger.exception("a version cannot be read")
             return f"{folder} cannot be read ({type(error).__name__}: {error})"
         _replace(pairs, model_config)
+        if len(self.students):
+            self.students[slot].prepare(self.target.compute_logits)
         self.ensemble = ensemble
         return None
 
@@ -368,13 +367,18 @@ def _build(vllm_config: VllmConfig, prefix: str, member: Member) -> nn.Module:
     return built
 
 
-class SwapDrafts:
-    """Worker extension: swaps the drafts' weights. Its methods become the worker's own."""
+class WorkerMethods:
+    """Worker extension: its methods become the worker's own."""
 
     model_runner: Any
 
     def ping(self) -> None:
         """A sign of life."""
+
+    def measure_prompts(self) -> None:
+        """From now on prompts are answered with the measures of the tokens asked for."""
+        runner = self.model_runner
+        runner._get_prompt_logprobs_dict = partial(measure_prompts, runner)
 
     def swap_drafts(self, folder: str, target: str, slot: int) -> str | None:
         """Load the drafts of the ensemble in `folder`; return what was wrong with them, or None.

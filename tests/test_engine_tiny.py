@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from drafts import channel
 from drafts.engine import Engine, EngineConfig
 from drafts.errors import DraftsError, EngineNotReady, ManifestError, WeightsError
 from drafts.manifest import load_ensemble
+from drafts.outputs import scoring_params
 from drafts.reference import Reference
 from drafts.scores import Generated, Sampling, TokenScores
 from drafts.text import TextEncoder
@@ -217,10 +219,39 @@ async def test_swaps_under_load_never_mix_versions(
     assert engine.weights_version == "v1"
 
 
+async def test_answers_to_one_question_share_its_prompt(
+    engine: Engine, folder: Path, second: Path
+) -> None:
+    prompt = [(11 * i) % 320 for i in range(250)]
+    block = engine._llm.vllm_config.cache_config.block_size
+    starts = [start + move for start in (block, 2 * block) for move in (-1, 0, 1, 2)]
+    texts = [(prompt[: start + 20], start) for start in starts]
+
+    async def cached(text: tuple[list[int], int]) -> int:
+        ids, start = text
+        async with aclosing(engine._outputs(ids, partial(scoring_params, start))) as outputs:
+            [(final, _)] = [output async for output in outputs]
+        count: int = final.num_cached_tokens
+        return count
+
+    await engine.score(prompt, len(prompt) - 1)
+    for text in texts:
+        # What predicts the first token of the response has to be computed, and what comes after.
+        assert await cached(text) == (text[1] - 1) // block * block
+    for version in (folder, second, folder):
+        if version != engine.ensemble.folder:
+            await engine.swap(version)  # forgets what the other drafts have written
+            assert await cached(texts[-1]) == 0
+        assert_close([await engine.score(*text) for text in texts], expected(version, texts))
+        assert_close(
+            await asyncio.gather(*(engine.score(*text) for text in texts)), expected(version, texts)
+        )
+
+
 async def test_a_swap_forgets_the_prefixes_that_old_drafts_wrote(
     engine: Engine, folder: Path, second: Path
 ) -> None:
-    """Generation reads the prefix cache (scoring does not): one token after a long prompt."""
+    """Of a generation: one token after a long prompt."""
     from vllm import SamplingParams
 
     prompt = [(7 * i) % 320 for i in range(200)]  # more than one block of the CPU's cache

@@ -23,7 +23,8 @@ from drafts.divergence import measures
 from drafts.errors import NonFiniteError
 from drafts.gate import Gate
 from drafts.outputs import read_step
-from drafts.residual import ResidualConfig, ResidualHead, confidence, draw_scale
+from drafts.passes import target_rows
+from drafts.residual import LOCAL_TOKENS, ResidualConfig, ResidualHead, confidence, draw_scale
 from drafts.residual_group import ResidualGroup
 from drafts.scores import TokenScores
 from drafts.spans import find_spans
@@ -141,8 +142,13 @@ def test_a_step_that_holds_several_tokens_is_read_like_each_alone() -> None:
     assert together.scores.rank.tolist() == [3, 3]
 
 
-def test_a_group_of_students_does_what_each_does_alone() -> None:
-    """The vLLM model's arrangement against the reference's, with unlike students."""
+@pytest.mark.parametrize("share", [False, True])
+def test_a_group_of_students_does_what_each_does_alone(share: bool) -> None:
+    """The vLLM model's arrangement against the reference's, with unlike students.
+
+    Args:
+        share: two of them move h along the same basis.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -153,27 +159,30 @@ def test_a_group_of_students_does_what_each_does_alone() -> None:
         (ResidualConfig(**shape, taps=[1], draws=4), [0, 2, 3]),
         (ResidualConfig(**shape, taps=[], draws=2, scaled=False), [1, 0]),
         (ResidualConfig(**shape, taps=[2, 3], draws=1), [0]),
+        (ResidualConfig(**shape, taps=[2, 3], draws=1), [0]),
     ]
     group = ResidualGroup(students)
     unembed, h, taps = random(40, 12), random(5, 12), [random(5, 12) for _ in range(3)]
     logits = h @ unembed.T
     expected = []
     with torch.no_grad():
-        for head, (config, draws) in zip(group.heads, students, strict=True):
+        for head in group.heads:
             head.initialise(generator, scale=0.5)
-            mine, rest = taps[: len(config.taps)], taps[len(config.taps) :]
+        if share:
+            group.heads[1].basis.copy_(group.heads[0].basis)
+        for head, (config, draws) in zip(group.heads, students, strict=True):
+            mine = [taps[layer - 1] for layer in config.taps]
             moved = head(h, mine, logits, unembed @ head.basis, draws)
             expected += [state @ unembed.T for state in moved]
-            taps = [*rest, *mine]
-        moves, wanted = group.moves(h, taps, logits)
-        changes = list(moves @ unembed.T)
-        scales = group.scales(changes, wanted, logits)
-    got = [
-        logits + scale.unsqueeze(-1) * change for change, scale in zip(changes, scales, strict=True)
-    ]
-    torch.testing.assert_close(torch.stack(got), torch.stack(expected), atol=1e-4, rtol=1e-4)
+        rows = target_rows(logits, torch.zeros(5, dtype=torch.int64), LOCAL_TOKENS)
+        group.prepare(lambda states: states @ unembed.T)
+        moves, wanted = group.moves(h, dict(enumerate(taps, start=1)), rows.confidence())
+        changes = group.changes(moves)
+        scales = group.scales(changes, wanted, rows)
+    got = logits + scales.unsqueeze(-1) * changes
+    torch.testing.assert_close(got, torch.stack(expected), atol=1e-4, rtol=1e-4)
     # Were the draws alike or hardly moved, this would show nothing.
-    assert (torch.stack(got) - logits).abs().amax((-1, -2)).min() > 0.1
+    assert (got - logits).abs().amax((-1, -2)).min() > 0.1
 
 
 def test_confidence_is_that_of_the_distribution() -> None:
